@@ -1,0 +1,34 @@
+"""Where everything lies on a host; the only module that knows these paths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class Layout:
+    """The host's directories below ``root`` (``/`` on a real host, another directory for ``--root`` and tests)."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self.root = root
+        self.etc = root / "etc/swtpm-prop"
+        self.trust = self.etc / "trust.toml"
+        self.host = self.etc / "host.toml"
+        self.state = root / "var/lib/swtpm-prop"
+        self.index = self.state / "index/index.sqlite"
+        self.guests = self.state / "guests"
+        self.run = root / "run/swtpm-prop"
+        self.logs = root / "var/log/swtpm-prop"
+        self.libexec = root / "usr/libexec/swtpm-prop"
+        self.hook = root / "etc/libvirt/hooks/qemu.d/swtpm-prop"
+
+    def guest_run(self, uuid: str) -> Path:
+        """What one start of the guest needs; exists from prepare to release."""
+        return self.run / uuid
+
+    def guest_marker(self, uuid: str) -> Path:
+        """Says, across reboots, that this guest must never start without the layer."""
+        return self.guests / uuid
+
+    def guest_log(self, uuid: str) -> Path:
+        """The guest's property log, JSON lines."""
+        return self.logs / f"{uuid}.jsonl"

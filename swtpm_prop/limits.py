@@ -1,0 +1,55 @@
+"""Every cap and time-out of the product, with its name and its reason."""
+
+from __future__ import annotations
+
+# -- TPM ----------------------------------------------------------------------------------------
+COMMAND_BYTES = 4096
+"""Largest TPM command or response (swtpm and libtpms: TPM2 buffer of 4096 bytes)."""
+
+EVENT_BYTES = 1024
+"""Largest data of TPM2_PCR_Event (libtpms: TPM2B_EVENT, MAX 1024)."""
+
+EXTEND_DIGESTS = 4
+"""Most digests in one TPM2_PCR_Extend (libtpms: HASH_COUNT, beyond it TPM_RC_SIZE 0x1D5)."""
+
+# -- domain metadata ----------------------------------------------------------------------------
+METADATA_BYTES = 65536
+"""Largest metadata element; a sensible one has 600 bytes, and every hook call parses it."""
+
+DOMAIN_XML_BYTES = 8 * 1024 * 1024
+"""Largest domain XML on a hook's standard input; libvirt's own limit for XML-RPC strings is 4 MiB."""
+
+PROPERTY_BANKS = 3
+"""Most property banks: TPM 2.0 in libtpms has four banks, and one stays raw."""
+
+BANK_PROPERTIES = 16
+"""Most property URIs in a bank; each costs a lookup for each measurement."""
+
+URI_CHARS = 512
+"""Longest property URI or issuer id."""
+
+# -- certificates and index ---------------------------------------------------------------------
+CERTIFICATE_BYTES = 64 * 1024 * 1024
+"""Largest DSSE envelope: 100,000 subjects need about 40 MB of JSON and base64."""
+
+SUBJECTS = 200_000
+"""Most subjects of one certificate."""
+
+JSON_DEPTH = 16
+"""Deepest nesting of certificate JSON; ours needs 5."""
+
+EVENT_LOG_BYTES = 16 * 1024 * 1024
+"""Largest event log read; OVMF writes 30 kB, a shim or grub boot 100 kB."""
+
+EVENTS = 65536
+"""Most records of one event log."""
+
+IMAGE_BYTES = 1024 * 1024 * 1024
+"""Largest PE image read for its Authenticode hash; a unified kernel image has 60 MB."""
+
+CANDIDATES = 4096
+"""Most index rows looked at for one measurement; more than this many certificates for one digest is an attack."""
+
+# -- property log -------------------------------------------------------------------------------
+LOG_BYTES = 16 * 1024 * 1024
+"""Property log of one start; a guest can extend in a loop and must not fill the host's disk."""

@@ -1,0 +1,35 @@
+"""The hash algorithms that libtpms keeps PCR banks for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class HashAlgorithm(NamedTuple):
+    """One PCR hash algorithm: TPM_ALG_ID (TCG algorithm registry), hashlib name, digest length in bytes."""
+
+    id: int
+    name: str
+    size: int
+
+
+SHA1 = HashAlgorithm(0x0004, "sha1", 20)
+SHA256 = HashAlgorithm(0x000B, "sha256", 32)
+SHA384 = HashAlgorithm(0x000C, "sha384", 48)
+SHA512 = HashAlgorithm(0x000D, "sha512", 64)
+
+ALGORITHMS = (SHA1, SHA256, SHA384, SHA512)
+"""In the order in which libtpms answers TPM2_PCR_Event."""
+
+BY_ID = {algorithm.id: algorithm for algorithm in ALGORITHMS}
+BY_NAME = {algorithm.name: algorithm for algorithm in ALGORITHMS}
+
+STRONG = (SHA256, SHA384, SHA512)
+"""Algorithms a certificate may rest on: SHA-1 never counts."""
+
+
+class Digest(NamedTuple):
+    """One TPMT_HA: an algorithm and its digest, ``algorithm.size`` bytes."""
+
+    algorithm: HashAlgorithm
+    value: bytes
