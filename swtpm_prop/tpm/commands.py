@@ -1,0 +1,193 @@
+"""TPM 2.0 commands and responses as the layer needs them: bytes in, values out, and back.
+
+All integers are big endian (TPM 2.0 Library, part 1 section 4.1). Parsers are strict: every byte must be accounted
+for, otherwise ``WireError``. Codes and structures: TPM 2.0 Library, part 2 section 6.5.2 and part 3.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from swtpm_prop.errors import WireError
+from swtpm_prop.limits import COMMAND_BYTES, EVENT_BYTES, EXTEND_DIGESTS
+from swtpm_prop.tpm.algorithms import BY_ID, Digest
+
+NO_SESSIONS = 0x8001
+SESSIONS = 0x8002
+
+CC_PCR_EVENT = 0x0000013C
+CC_STARTUP = 0x00000144
+CC_GET_CAPABILITY = 0x0000017A
+CC_PCR_READ = 0x0000017E
+CC_PCR_EXTEND = 0x00000182
+CC_EVENT_SEQUENCE_COMPLETE = 0x00000185
+
+RC_SUCCESS = 0x000
+RS_PW = 0x40000009
+
+_HEADER = struct.Struct(">HII")
+_PASSWORD = struct.pack(">IIHBH", 9, RS_PW, 0, 0, 0)
+"""An authorisation area of 9 bytes with the empty password, behind its length."""
+
+
+class Authorisation(NamedTuple):
+    """One TPMS_AUTH_COMMAND (part 2 section 10.13.2)."""
+
+    handle: int
+    nonce: bytes
+    attributes: int
+    hmac: bytes
+
+
+class Command(NamedTuple):
+    """A command taken apart; ``front`` is everything before the parameters, so that they alone can be replaced."""
+
+    code: int
+    handles: tuple[int, ...]
+    authorisations: tuple[Authorisation, ...]
+    front: bytes
+    parameters: bytes
+
+    @property
+    def plain_password(self) -> bool:
+        """True if TPM_RS_PW stands alone in the authorisation area: only then may parameters be replaced."""
+        return len(self.authorisations) == 1 and self.authorisations[0].handle == RS_PW
+
+    def with_parameters(self, parameters: bytes) -> bytes:
+        """The same command bytes with other parameters and the size that follows from them."""
+        size = len(self.front) + len(parameters)
+        return self.front[:2] + struct.pack(">I", size) + self.front[6:] + parameters
+
+
+class Reader:
+    """Takes fields off the front of bytes; every shortage is one ``WireError``."""
+
+    __slots__ = ("data", "offset")
+
+    def __init__(self, data: bytes, offset: int = 0) -> None:
+        self.data = data
+        self.offset = offset
+
+    def take(self, size: int) -> bytes:
+        """The next ``size`` bytes."""
+        end = self.offset + size
+        if end > len(self.data):
+            raise WireError("wire.truncated", f"{size} bytes needed at offset {self.offset} of {len(self.data)}")
+        field = self.data[self.offset : end]
+        self.offset = end
+        return field
+
+    def uint(self, size: int) -> int:
+        """The next ``size`` bytes as an unsigned integer."""
+        return int.from_bytes(self.take(size), "big")
+
+    def sized(self) -> bytes:
+        """A TPM2B: two bytes of length, then that many bytes."""
+        return self.take(self.uint(2))
+
+    def end(self) -> None:
+        """Refuse what is left over."""
+        if self.offset != len(self.data):
+            raise WireError("wire.trailing", f"{len(self.data) - self.offset} bytes left over")
+
+
+def command_code(command: bytes) -> int:
+    """TPM_CC of a command, from bytes 6 to 9 of its header."""
+    if len(command) < _HEADER.size:
+        raise WireError("wire.truncated", "a command is at least 10 bytes")
+    return int.from_bytes(command[6:10], "big")
+
+
+def response_code(response: bytes) -> int:
+    """TPM_RC of a response, from bytes 6 to 9 of its header."""
+    if len(response) < _HEADER.size:
+        raise WireError("wire.truncated", "a response is at least 10 bytes")
+    return int.from_bytes(response[6:10], "big")
+
+
+def parse_command(command: bytes, handles: int) -> Command:
+    """Take a command with sessions apart.
+
+    Args:
+        command: the whole command; its size field must equal its length.
+        handles: how many 4-byte handles its code has (part 3, command table).
+
+    Raises:
+        WireError: ``wire.*``; the TPM refuses such a command too, with a code of its own.
+    """
+    tag, size, code = _header(command)
+    if tag != SESSIONS or size != len(command) or size > COMMAND_BYTES:
+        raise WireError("wire.header", f"tag {tag:#06x}, size field {size}, {len(command)} bytes")
+    reader = Reader(command, _HEADER.size)
+    numbers = tuple(reader.uint(4) for _ in range(handles))
+    area = Reader(reader.take(reader.uint(4)))
+    authorisations = []
+    while area.offset < len(area.data):
+        authorisations.append(Authorisation(area.uint(4), area.sized(), area.uint(1), area.sized()))
+    front, parameters = command[: reader.offset], command[reader.offset :]
+    return Command(code, numbers, tuple(authorisations), front, parameters)
+
+
+def parse_digests(parameters: bytes) -> tuple[Digest, ...]:
+    """TPML_DIGEST_VALUES as the only parameter: at most four digests of known algorithms, nothing behind."""
+    reader = Reader(parameters)
+    count = reader.uint(4)
+    if count > EXTEND_DIGESTS:
+        raise WireError("wire.digest-count", f"{count} digests, at most {EXTEND_DIGESTS}")
+    digests = tuple(_digest(reader) for _ in range(count))
+    reader.end()
+    return digests
+
+
+def build_digests(digests: Sequence[Digest]) -> bytes:
+    """TPML_DIGEST_VALUES (part 2 section 10.9.6)."""
+    parts = [struct.pack(">I", len(digests))]
+    for algorithm, value in digests:
+        parts += (algorithm.id.to_bytes(2, "big"), value)
+    return b"".join(parts)
+
+
+def parse_event(parameters: bytes) -> bytes:
+    """The data of TPM2_PCR_Event: a TPM2B of at most 1024 bytes and nothing behind."""
+    reader = Reader(parameters)
+    data = reader.sized()
+    reader.end()
+    if len(data) > EVENT_BYTES:
+        raise WireError("wire.event-size", f"event of {len(data)} bytes, at most {EVENT_BYTES}")
+    return data
+
+
+def build_pcr_extend(pcr: int, digests: Sequence[Digest]) -> bytes:
+    """TPM2_PCR_Extend (part 3 section 22.2) authorised by the empty password."""
+    body = struct.pack(">I", pcr) + _PASSWORD + build_digests(digests)
+    return _HEADER.pack(SESSIONS, _HEADER.size + len(body), CC_PCR_EXTEND) + body
+
+
+def build_event_response(extended: bytes, digests: Sequence[Digest]) -> bytes:
+    """The answer of TPM2_PCR_Event, made from the successful answer of the PCR_Extend that stood in for it.
+
+    A response with sessions is header, parameterSize (4 bytes), parameters, authorisations (part 1 section 18.9):
+    PCR_Extend has no parameters, PCR_Event has TPML_DIGEST_VALUES, the rest is the same.
+    """
+    reader = Reader(extended, _HEADER.size)
+    if reader.uint(4) != 0:
+        raise WireError("wire.response", "PCR_Extend answered with parameters")
+    parameters = build_digests(digests)
+    body = struct.pack(">I", len(parameters)) + parameters + extended[reader.offset :]
+    return _HEADER.pack(SESSIONS, _HEADER.size + len(body), RC_SUCCESS) + body
+
+
+def _header(message: bytes) -> tuple[int, int, int]:
+    if len(message) < _HEADER.size:
+        raise WireError("wire.truncated", f"{len(message)} bytes are no TPM message")
+    tag, size, code = _HEADER.unpack_from(message)
+    return tag, size, code
+
+
+def _digest(reader: Reader) -> Digest:
+    algorithm = BY_ID.get(reader.uint(2))
+    if algorithm is None:
+        raise WireError("wire.algorithm", "unknown hash algorithm in a digest list")
+    return Digest(algorithm, reader.take(algorithm.size))

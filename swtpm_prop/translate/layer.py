@@ -1,0 +1,281 @@
+"""The translation layer: what to do with each command that can change a PCR.
+
+Without I/O: every handler is a generator that yields TPM commands to execute, is sent their responses, and returns
+the response for the guest. The TPM is the only state: before the layer acts on a PCR it reads it.
+
+Two ways lead into a translated PCR. A command that a plain password alone authorises is rewritten: the digests of the
+property bank are replaced by the property's own. Every other way is executed as it is and breaks the PCR afterwards,
+so that ``held`` can come from translation only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import NamedTuple
+
+from swtpm_prop.errors import LayerError, WireError
+from swtpm_prop.limits import EXTEND_DIGESTS
+from swtpm_prop.tpm import commands as tpm
+from swtpm_prop.tpm.algorithms import ALGORITHMS, Digest, HashAlgorithm
+from swtpm_prop.tpm.pcr import build_pcr_read, hide_banks, parse_pcr_read
+from swtpm_prop.translate import record
+from swtpm_prop.translate.policy import BROKEN, HELD, UNMEASURED, Bank, broken_digest, held_digest, state
+from swtpm_prop.translate.record import Record
+from swtpm_prop.translate.verdict import Verdict
+
+Banks = tuple[Bank, ...]
+Judge = Callable[[Bank, Mapping[str, bytes]], Verdict]
+"""Bank and measured digests (algorithm name to bytes) to verdict; the index and the clock stand behind it."""
+
+
+class Outcome(NamedTuple):
+    """The response for the guest, and what the property log has to say."""
+
+    response: bytes
+    records: tuple[Record, ...] = ()
+
+
+Steps = Generator[bytes, bytes, Outcome]
+"""Yields a command for the TPM, is sent its response."""
+
+
+def codes(banks: Banks) -> tuple[int, ...]:
+    """The command codes that must come here; everything else goes straight to the TPM."""
+    always = (tpm.CC_PCR_EXTEND, tpm.CC_PCR_EVENT, tpm.CC_EVENT_SEQUENCE_COMPLETE, tpm.CC_STARTUP)
+    return always if all(bank.visible for bank in banks) else (*always, tpm.CC_GET_CAPABILITY)
+
+
+def handle(command: bytes, banks: Banks, judge: Judge) -> Steps:
+    """Execute one command of the guest.
+
+    Args:
+        command: the guest's bytes, whatever they are; malformed ones get the TPM's own answer.
+        banks: the property banks, of distinct algorithms.
+        judge: says whether a measurement has a bank's properties.
+
+    Raises:
+        LayerError: the layer cannot keep its promise; the TPM must refuse from now on whatever changes a PCR.
+    """
+    code = tpm.command_code(command)
+    if code == tpm.CC_PCR_EXTEND:
+        return (yield from _extend(command, banks, judge))
+    if code == tpm.CC_PCR_EVENT:
+        return (yield from _event(command, banks, judge))
+    if code == tpm.CC_EVENT_SEQUENCE_COMPLETE:
+        return (yield from _pass_and_break(command, "EventSequenceComplete", banks))
+    if code == tpm.CC_STARTUP:
+        return (yield from _startup(command, banks))
+    response = yield command
+    if code == tpm.CC_GET_CAPABILITY:
+        return Outcome(hide_banks(response, [bank.algorithm for bank in banks if not bank.visible]))
+    return Outcome(response)
+
+
+def resumed(banks: Banks) -> Steps:
+    """Look at the PCRs after a state was loaded; a TPM that waits for its Startup has none to look at."""
+    first = yield build_pcr_read({banks[0].algorithm: frozenset({0})})
+    if tpm.response_code(first) != tpm.RC_SUCCESS:
+        return Outcome(first)
+    return Outcome(first, ((yield from _snapshot(record.RESUME, banks)),))
+
+
+# -- the commands -------------------------------------------------------------------------------
+
+
+def _extend(command: bytes, banks: Banks, judge: Judge) -> Steps:
+    try:
+        parsed = tpm.parse_command(command, handles=1)
+        digests = tpm.parse_digests(parsed.parameters)
+    except WireError:
+        return (yield from _pass_and_break(command, "PCR_Extend", banks))
+    pcr = parsed.handles[0]
+    touched = _touched(banks, pcr)
+    if not touched or not digests:
+        return Outcome((yield command))
+    if not parsed.plain_password:
+        return (yield from _extend_by_session(command, pcr, digests, touched, judge))
+    return (yield from _extend_by_password(parsed, pcr, digests, touched, judge))
+
+
+def _extend_by_password(
+    parsed: tpm.Command, pcr: int, digests: tuple[Digest, ...], touched: Banks, judge: Judge
+) -> Steps:
+    translated = yield from _translate("PCR_Extend", pcr, digests, touched, judge)
+    if translated is None:
+        return Outcome((yield parsed.front + parsed.parameters))
+    fits = len(translated.raw) + len(translated.own) <= EXTEND_DIGESTS
+    first = translated.raw + translated.own if fits else translated.raw
+    response = yield parsed.with_parameters(tpm.build_digests(first))
+    if tpm.response_code(response) != tpm.RC_SUCCESS:
+        return Outcome(response)
+    if not fits:
+        yield from _own_extend(pcr, translated.own)
+    return Outcome(response, translated.records)
+
+
+def _extend_by_session(
+    command: bytes, pcr: int, digests: tuple[Digest, ...], touched: Banks, judge: Judge
+) -> Steps:
+    """Executed as it is: its authorisation covers the digests. Only a hidden bank that it leaves alone may follow."""
+    response = yield command
+    if tpm.response_code(response) != tpm.RC_SUCCESS:
+        return Outcome(response)
+    named = {digest.algorithm for digest in digests}
+    follow = tuple(bank for bank in touched if not bank.visible and bank.algorithm not in named)
+    broken = tuple(bank for bank in touched if bank not in follow)
+    records = yield from _break("PCR_Extend", pcr, digests, broken)
+    if follow:
+        translated = yield from _translate("PCR_Extend", pcr, digests, follow, judge)
+        if translated is None:
+            raise LayerError("layer.pcr-read", f"PCR {pcr} cannot be read after it was extended")
+        yield from _own_extend(pcr, translated.own)
+        records += translated.records
+    return Outcome(response, records)
+
+
+def _event(command: bytes, banks: Banks, judge: Judge) -> Steps:
+    """PCR_Event by password becomes the PCR_Extend that it stands for; its answer lists all four digests."""
+    try:
+        parsed = tpm.parse_command(command, handles=1)
+        data = tpm.parse_event(parsed.parameters)
+    except WireError:
+        return (yield from _pass_and_break(command, "PCR_Event", banks))
+    pcr = parsed.handles[0]
+    touched = _touched(banks, pcr)
+    if not touched or not parsed.plain_password:
+        return (yield from _pass_and_break(command, "PCR_Event", banks))
+    digests = tuple(Digest(a, hashlib.new(a.name, data).digest()) for a in ALGORITHMS)
+    translated = yield from _translate("PCR_Event", pcr, digests, touched, judge)
+    if translated is None:
+        return Outcome((yield command))
+    extend = tpm.CC_PCR_EXTEND.to_bytes(4, "big")
+    instead = parsed._replace(front=parsed.front[:6] + extend + parsed.front[10:])
+    response = yield instead.with_parameters(tpm.build_digests(translated.raw + translated.own))
+    if tpm.response_code(response) != tpm.RC_SUCCESS:
+        return Outcome(response)
+    return Outcome(tpm.build_event_response(response, digests), translated.records)
+
+
+def _startup(command: bytes, banks: Banks) -> Steps:
+    response = yield command
+    if tpm.response_code(response) != tpm.RC_SUCCESS:
+        return Outcome(response)
+    return Outcome(response, ((yield from _snapshot(record.STARTUP, banks)),))
+
+
+def _pass_and_break(command: bytes, name: str, banks: Banks) -> Steps:
+    """Let the TPM decide; if it succeeds, whatever it did to a translated PCR was no translation."""
+    response = yield command
+    if tpm.response_code(response) != tpm.RC_SUCCESS:
+        return Outcome(response)
+    pcr = int.from_bytes(command[10:14], "big")
+    return Outcome(response, (yield from _break(name, pcr, (), _touched(banks, pcr))))
+
+
+# -- their parts --------------------------------------------------------------------------------
+
+
+class _Translated(NamedTuple):
+    """Digests for the banks the guest keeps, digests of the layer's own, and the records if the TPM accepts them."""
+
+    raw: tuple[Digest, ...]
+    own: tuple[Digest, ...]
+    records: tuple[Record, ...]
+
+
+def _translate(
+    name: str, pcr: int, digests: tuple[Digest, ...], touched: Banks, judge: Judge
+) -> Generator[bytes, bytes, _Translated | None]:
+    """What the touched banks get instead of the guest's digests; None if their PCRs cannot be read (no Startup)."""
+    values = yield from _read({bank.algorithm: frozenset({pcr}) for bank in touched})
+    if values is None:
+        return None
+    own: list[Digest] = []
+    records = []
+    for bank in touched:
+        before = _state(bank, pcr, values)
+        verdict = _judge(bank, digests, judge)
+        after, digest = _step(bank, before, verdict)
+        own += [Digest(bank.algorithm, digest)] if digest else []
+        records.append(record.measurement(name, pcr, digests, bank.algorithm.name, after, verdict))
+    properties = {bank.algorithm for bank in touched}
+    raw = tuple(digest for digest in digests if digest.algorithm not in properties)
+    return _Translated(raw, tuple(own), tuple(records))
+
+
+def _step(bank: Bank, before: str, verdict: Verdict) -> tuple[str, bytes]:
+    """State and verdict to the next state and the digest that leads there (empty: stay)."""
+    if not verdict.certified:
+        return BROKEN, broken_digest(bank)
+    if before == UNMEASURED:
+        return HELD, held_digest(bank)
+    return before, b""
+
+
+def _judge(bank: Bank, digests: tuple[Digest, ...], judge: Judge) -> Verdict:
+    measured = {digest.algorithm.name: digest.value for digest in digests}
+    if len(measured) != len(digests):
+        return Verdict(False, (), "ambiguous", "one command extends the same bank twice")
+    return judge(bank, measured)
+
+
+def _break(
+    name: str, pcr: int, digests: tuple[Digest, ...], banks: Banks
+) -> Generator[bytes, bytes, tuple[Record, ...]]:
+    if not banks:
+        return ()
+    yield from _own_extend(pcr, tuple(Digest(bank.algorithm, broken_digest(bank)) for bank in banks))
+    verdict = Verdict(False, (), "route", f"{name} did not come by a plain password and cannot be translated")
+    return tuple(record.measurement(name, pcr, digests, bank.algorithm.name, BROKEN, verdict) for bank in banks)
+
+
+def _own_extend(pcr: int, digests: Sequence[Digest]) -> Generator[bytes, bytes, None]:
+    if not digests:
+        return
+    response = yield tpm.build_pcr_extend(pcr, digests)
+    code = tpm.response_code(response)
+    if code != tpm.RC_SUCCESS:
+        raise LayerError("layer.extend-refused", f"the TPM refused the layer's own extend of PCR {pcr}: {code:#x}")
+
+
+def _snapshot(event: str, banks: Banks) -> Generator[bytes, bytes, Record]:
+    values = yield from _read({bank.algorithm: bank.pcrs for bank in banks})
+    if values is None:
+        raise LayerError("layer.pcr-read", "the PCRs cannot be read after Startup")
+    states = {bank.algorithm.name: {pcr: _state(bank, pcr, values) for pcr in sorted(bank.pcrs)} for bank in banks}
+    return record.snapshot(event, states)
+
+
+def _read(
+    selection: Mapping[HashAlgorithm, frozenset[int]],
+) -> Generator[bytes, bytes, dict[tuple[HashAlgorithm, int], bytes] | None]:
+    """The selected PCRs, eight at a time as the TPM gives them; None if the TPM refuses."""
+    values: dict[tuple[HashAlgorithm, int], bytes] = {}
+    wanted = dict(selection)
+    while wanted:
+        response = yield build_pcr_read(wanted)
+        if tpm.response_code(response) != tpm.RC_SUCCESS:
+            return None
+        got = parse_pcr_read(response)
+        if not got:
+            break
+        values |= got
+        rest = {a: frozenset(pcr for pcr in pcrs if (a, pcr) not in values) for a, pcrs in wanted.items()}
+        wanted = {a: pcrs for a, pcrs in rest.items() if pcrs}
+    return values
+
+
+def _state(bank: Bank, pcr: int, values: Mapping[tuple[HashAlgorithm, int], bytes]) -> str:
+    value = values.get((bank.algorithm, pcr))
+    if value is None:
+        raise LayerError(
+            "layer.bank-inactive",
+            f"the property bank {bank.algorithm.name} is not active in this TPM",
+            "shut the guest down and start it again; the start activates the bank",
+        )
+    return state(bank, value)
+
+
+def _touched(banks: Banks, pcr: int) -> Banks:
+    return tuple(bank for bank in banks if pcr in bank.pcrs)
