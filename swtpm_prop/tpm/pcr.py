@@ -17,6 +17,8 @@ CAP_PCRS = 0x00000005
 SELECT_BYTES = 3
 """PC Client: 24 PCRs."""
 
+_NO_SESSIONS = NO_SESSIONS.to_bytes(2, "big")
+
 Selection = Mapping[HashAlgorithm, frozenset[int]]
 
 
@@ -55,11 +57,11 @@ def hide_banks(response: bytes, hidden: Iterable[HashAlgorithm]) -> bytes:
     """TPM2_GetCapability(TPM_CAP_PCRS)'s answer with no PCR allocated in the hidden banks, else unchanged.
 
     libtpms lists a bank that is not active with an all-zero bit map, so a hidden bank looks exactly like that. The
-    answer keeps its length.
+    answer keeps its length. An answer with sessions stays as it is: its authorisation covers it.
     """
     ids = {algorithm.id for algorithm in hidden}
     reader = Reader(response, 10)
-    if response_code(response) != RC_SUCCESS or _capability(reader) != CAP_PCRS:
+    if response_code(response) != RC_SUCCESS or response[:2] != _NO_SESSIONS or _capability(reader) != CAP_PCRS:
         return response
     answer = bytearray(response)
     for _ in range(reader.uint(4)):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import NamedTuple
 
 from swtpm_prop.errors import LayerError, WireError
-from swtpm_prop.limits import EXTEND_DIGESTS
+from swtpm_prop.limits import EXTEND_DIGESTS, OWN_TRIES
 from swtpm_prop.tpm import commands as tpm
 from swtpm_prop.tpm.algorithms import ALGORITHMS, Digest, HashAlgorithm
 from swtpm_prop.tpm.pcr import build_pcr_read, hide_banks, parse_pcr_read
@@ -95,15 +95,14 @@ def _extend(command: bytes, banks: Banks, judge: Judge) -> Steps:
         return Outcome((yield command))
     if not parsed.plain_password:
         return (yield from _extend_by_session(command, pcr, digests, touched, judge))
-    return (yield from _extend_by_password(parsed, pcr, digests, touched, judge))
-
-
-def _extend_by_password(
-    parsed: tpm.Command, pcr: int, digests: tuple[Digest, ...], touched: Banks, judge: Judge
-) -> Steps:
     translated = yield from _translate("PCR_Extend", pcr, digests, touched, judge)
     if translated is None:
-        return Outcome((yield parsed.front + parsed.parameters))
+        return (yield from _pass_and_break(command, "PCR_Extend", banks))
+    return (yield from _extend_by_password(parsed, pcr, translated))
+
+
+def _extend_by_password(parsed: tpm.Command, pcr: int, translated: _Translated) -> Steps:
+    """The same command with other digests; where they would be more than the TPM takes, a second command."""
     fits = len(translated.raw) + len(translated.own) <= EXTEND_DIGESTS
     first = translated.raw + translated.own if fits else translated.raw
     response = yield parsed.with_parameters(tpm.build_digests(first))
@@ -148,7 +147,7 @@ def _event(command: bytes, banks: Banks, judge: Judge) -> Steps:
     digests = tuple(Digest(a, hashlib.new(a.name, data).digest()) for a in ALGORITHMS)
     translated = yield from _translate("PCR_Event", pcr, digests, touched, judge)
     if translated is None:
-        return Outcome((yield command))
+        return (yield from _pass_and_break(command, "PCR_Event", banks))
     extend = tpm.CC_PCR_EXTEND.to_bytes(4, "big")
     instead = parsed._replace(front=parsed.front[:6] + extend + parsed.front[10:])
     response = yield instead.with_parameters(tpm.build_digests(translated.raw + translated.own))
@@ -233,8 +232,11 @@ def _break(
 def _own_extend(pcr: int, digests: Sequence[Digest]) -> Generator[bytes, bytes, None]:
     if not digests:
         return
-    response = yield tpm.build_pcr_extend(pcr, digests)
-    code = tpm.response_code(response)
+    command = tpm.build_pcr_extend(pcr, digests)
+    code = tpm.RC_RETRY
+    for _ in range(OWN_TRIES):
+        if code == tpm.RC_RETRY:
+            code = tpm.response_code((yield command))
     if code != tpm.RC_SUCCESS:
         raise LayerError("layer.extend-refused", f"the TPM refused the layer's own extend of PCR {pcr}: {code:#x}")
 
