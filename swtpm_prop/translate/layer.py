@@ -113,9 +113,7 @@ def _extend_by_password(parsed: tpm.Command, pcr: int, translated: _Translated) 
     return Outcome(response, translated.records)
 
 
-def _extend_by_session(
-    command: bytes, pcr: int, digests: tuple[Digest, ...], touched: Banks, judge: Judge
-) -> Steps:
+def _extend_by_session(command: bytes, pcr: int, digests: tuple[Digest, ...], touched: Banks, judge: Judge) -> Steps:
     """Executed as it is: its authorisation covers the digests. Only a hidden bank that it leaves alone may follow."""
     response = yield command
     if tpm.response_code(response) != tpm.RC_SUCCESS:

@@ -62,6 +62,4 @@ def state(bank: Bank, value: bytes) -> str:
 
 
 def _marker(bank: Bank, word: bytes) -> bytes:
-    return hashlib.new(
-        bank.algorithm.name, b"swtpm-prop/v1/" + word + b"\0" + canonical(bank.properties)
-    ).digest()
+    return hashlib.new(bank.algorithm.name, b"swtpm-prop/v1/" + word + b"\0" + canonical(bank.properties)).digest()

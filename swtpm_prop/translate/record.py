@@ -41,9 +41,7 @@ class Record(NamedTuple):
         }
 
 
-def measurement(
-    command: str, pcr: int, digests: tuple[Digest, ...], bank: str, state: str, verdict: Verdict
-) -> Record:
+def measurement(command: str, pcr: int, digests: tuple[Digest, ...], bank: str, state: str, verdict: Verdict) -> Record:
     """A measurement into a translated PCR of ``bank``, whose state is now ``state``."""
     content = {"event": MEASUREMENT, "command": command, "bank": bank, "state": state, **verdict._asdict()}
     return Record(pcr, digests, content)
