@@ -12,6 +12,9 @@ EVENT_BYTES = 1024
 EXTEND_DIGESTS = 4
 """Most digests in one TPM2_PCR_Extend (libtpms: HASH_COUNT, beyond it TPM_RC_SIZE 0x1D5)."""
 
+PCRS = 24
+"""PCRs of a bank (TCG PC Client Platform TPM Profile, 4.5.1)."""
+
 OWN_TRIES = 4
 """How often the layer sends a command of its own that the TPM answers with TPM_RC_RETRY."""
 
