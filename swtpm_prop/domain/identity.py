@@ -1,0 +1,93 @@
+"""Which guest a domain XML describes and whether it speaks of us: cheap, standard library only, for every hook call."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+from xml.parsers import expat
+
+from swtpm_prop.errors import DomainError
+from swtpm_prop.limits import DOMAIN_XML_BYTES
+
+OURS = "swtpm-prop"
+"""What every namespace of ours contains, in whatever version."""
+
+_UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+class Identity(NamedTuple):
+    """What one pass over the XML shows.
+
+    Attributes:
+        uuid: the guest's UUID in lower case, as libvirt writes it; empty if the XML has none.
+        concerned: an element or attribute is in a namespace of ours.
+    """
+
+    uuid: str
+    concerned: bool
+
+
+def scan(xml: bytes, most: int = DOMAIN_XML_BYTES) -> Identity:
+    """Look through at most ``most`` bytes of XML, read as UTF-8, which is what libvirt writes.
+
+    A document type declaration is refused where it begins: no entity is ever declared, let alone expanded.
+
+    Raises:
+        DomainError: ``domain.xml-size``, ``domain.xml-malformed``, ``domain.xml-doctype``.
+    """
+    if len(xml) > most:
+        raise DomainError("domain.xml-size", f"XML has {len(xml)} bytes, at most {most} are read", "make it smaller")
+    found = _Scan()
+    found.run(xml)
+    uuid = "".join(found.uuid).strip()
+    return Identity(uuid if _UUID.fullmatch(uuid) else "", found.concerned)
+
+
+def identify(xml: bytes) -> Identity:
+    """As `scan`, for a whole domain XML: it must have a UUID (libvirt, src/conf/schemas/domaincommon.rng).
+
+    Raises:
+        DomainError: as `scan`, and ``domain.uuid``.
+    """
+    identity = scan(xml)
+    if not identity.uuid:
+        raise DomainError("domain.uuid", "the domain XML has no UUID that libvirt would write")
+    return identity
+
+
+class _Scan:
+    """One pass of expat over a document."""
+
+    def __init__(self) -> None:
+        self.concerned = False
+        self.uuid: list[str] = []
+        self._path: list[str] = []
+
+    def run(self, xml: bytes) -> None:
+        parser = expat.ParserCreate("UTF-8", " ")
+        parser.buffer_text = True
+        parser.StartDoctypeDeclHandler = self._doctype
+        parser.StartElementHandler = self._start
+        parser.EndElementHandler = self._end
+        parser.CharacterDataHandler = self._text
+        try:
+            parser.Parse(xml, True)
+        except expat.ExpatError as error:
+            raise DomainError("domain.xml-malformed", f"XML is not well-formed, {error}") from error
+
+    def _doctype(self, *_: object) -> None:
+        raise DomainError(
+            "domain.xml-doctype", "XML has a document type declaration", "remove it; metadata needs no DTD"
+        )
+
+    def _start(self, name: str, attributes: dict[str, str]) -> None:
+        self._path.append(name)
+        # With a separator, expat writes a name in a namespace as "URI name".
+        self.concerned = self.concerned or any(OURS in n.rpartition(" ")[0] for n in (name, *attributes))
+
+    def _end(self, _name: str) -> None:
+        self._path.pop()
+
+    def _text(self, text: str) -> None:
+        if self._path == ["domain", "uuid"]:
+            self.uuid.append(text)
