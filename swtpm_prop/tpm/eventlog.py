@@ -31,7 +31,7 @@ _PAIR = struct.Struct("<HH")
 class Event(NamedTuple):
     """One record: its place in the log, PCR index, event type, digests as measured, and the event data."""
 
-    index: int
+    number: int
     pcr: int
     type: int
     digests: tuple[Digest, ...]
@@ -88,7 +88,7 @@ def replay(log: EventLog, algorithm: HashAlgorithm) -> dict[int, bytes]:
             continue
         measured = next((digest.value for digest in event.digests if digest.algorithm == algorithm), None)
         if measured is None:
-            raise WireError("eventlog.algorithm", f"event {event.index} has no {algorithm.name} digest")
+            raise WireError("eventlog.algorithm", f"event {event.number} has no {algorithm.name} digest")
         start = values.get(event.pcr, _initial(event.pcr, algorithm, log.startup_locality))
         values[event.pcr] = hashlib.new(algorithm.name, start + measured).digest()
     return values
@@ -149,7 +149,7 @@ def _agile_event(cursor: _Cursor, index: int, algorithms: dict[int, HashAlgorith
 
 def _checked(event: Event) -> Event:
     if event.pcr >= limits.PCRS and event.type != EV_NO_ACTION:
-        raise WireError("eventlog.pcr", f"event {event.index} measures into PCR {event.pcr}, the last one is 23")
+        raise WireError("eventlog.pcr", f"event {event.number} measures into PCR {event.pcr}, the last one is 23")
     return event
 
 
