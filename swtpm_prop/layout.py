@@ -20,6 +20,7 @@ class Layout:
         self.logs = root / "var/log/swtpm-prop"
         self.libexec = root / "usr/libexec/swtpm-prop"
         self.hook = root / "etc/libvirt/hooks/qemu.d/swtpm-prop"
+        self.qemu_conf = root / "etc/libvirt/qemu.conf"
 
     def guest_run(self, uuid: str) -> Path:
         """What one start of the guest needs; exists from prepare to release."""
@@ -32,3 +33,7 @@ class Layout:
     def guest_log(self, uuid: str) -> Path:
         """The guest's property log, JSON lines."""
         return self.logs / f"{uuid}.jsonl"
+
+    def guest_tpm(self, uuid: str) -> Path:
+        """Where libvirt keeps the guest's TPM state (src/qemu/qemu_tpm.c, qemuTPMEmulatorInitStorage)."""
+        return self.root / "var/lib/libvirt/swtpm" / uuid / "tpm2"

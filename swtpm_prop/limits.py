@@ -53,9 +53,38 @@ EVENTS = 65536
 IMAGE_BYTES = 1024 * 1024 * 1024
 """Largest PE image read for its Authenticode hash; a unified kernel image has 60 MB."""
 
+CERTIFICATE_PROPERTIES = 64
+"""Most properties of one certificate; each is a line of its row in the index."""
+
+SIGNATURES = 16
+"""Most signatures looked at in one envelope; each is tried with each key of the issuer."""
+
+TRUST_BYTES = 1024 * 1024
+"""Largest trust file: 1,000 issuers with a few keys each."""
+
+ISSUER_KEYS = 16
+"""Most keys of one issuer; with SIGNATURES it bounds the work a hostile certificate can cause."""
+
+KEY_BYTES = 16384
+"""Largest PEM key file; an Ed25519 or P-256 key has 250 bytes."""
+
+CLAIMS_KEPT = 256
+"""Certificates of the index kept in memory; a boot touches ten, and each takes half a kilobyte."""
+
 CANDIDATES = 4096
 """Most index rows looked at for one measurement; more than this many certificates for one digest is an attack."""
 
 # -- property log -------------------------------------------------------------------------------
 LOG_BYTES = 16 * 1024 * 1024
 """Property log of one start; a guest can extend in a loop and must not fill the host's disk."""
+
+LOG_LINE_BYTES = 65536
+"""Longest line of the property log; a record with four digests and sixteen certificates has 2,500 bytes."""
+
+# -- hook ---------------------------------------------------------------------------------------
+ACTIVATION_SECONDS = 60
+"""Longest that swtpm_setup may take to activate a bank; it takes 0.6 s, several seconds on a loaded host."""
+
+# -- this host ----------------------------------------------------------------------------------
+DOCTOR_SECONDS = 20
+"""Longest a program that the doctor tries may take; each ends within half a second on a healthy host."""

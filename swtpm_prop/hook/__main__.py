@@ -1,0 +1,12 @@
+"""Entry of the hook: ``python -m swtpm_prop.hook NAME OPERATION SUBOPERATION EXTRA``, domain XML on standard input."""
+
+from __future__ import annotations
+
+import sys
+
+from swtpm_prop.hook.operations import run
+from swtpm_prop.layout import Layout
+from swtpm_prop.limits import DOMAIN_XML_BYTES
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:], sys.stdin.buffer.read(DOMAIN_XML_BYTES + 1), Layout()))

@@ -1,0 +1,94 @@
+"""Before libvirt starts the swtpm of an opted-in guest: lay out what its layer needs, or refuse the start."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from swtpm_prop.account import Account, swtpm_account
+from swtpm_prop.domain.log import ended_inactive
+from swtpm_prop.domain.metadata import Vtpm, parse_domain
+from swtpm_prop.errors import DomainError
+from swtpm_prop.hook import files
+from swtpm_prop.layout import Layout
+from swtpm_prop.trust.index import Index
+
+LAYER_VERSION = 1
+"""Of layer.json; the layer refuses another."""
+
+
+def lay_out(uuid: str, xml: bytes, layout: Layout) -> None:
+    """Make the start of the guest, whose domain XML speaks of us, one with the layer.
+
+    Raises:
+        Error: the guest must not start; nothing half-done stays behind.
+    """
+    vtpm = parse_domain(xml)
+    if vtpm is None:
+        raise DomainError("domain.misplaced", "the domain XML speaks of us, but has no metadata of ours")
+    Index.open(str(layout.index)).close()
+    account = swtpm_account(layout)
+    banks = ",".join(algorithm.name for algorithm in vtpm.all_banks())
+    if _needs_activation(uuid, vtpm, banks, layout):
+        # Imported here because it is seldom needed and costs a quarter of this call.
+        from swtpm_prop.hook.activate import activate
+
+        activate(layout.guest_tpm(uuid), banks, account, layout)
+    _write(uuid, banks, _layer(uuid, vtpm, layout), account, layout)
+
+
+def _write(uuid: str, banks: str, layer: bytes, account: Account, layout: Layout) -> None:
+    """Run directory, log, marker. The marker is last: it says that the banks are active."""
+    for path, mode in ((layout.run, 0o755), (layout.logs, 0o755), (layout.state, 0o711), (layout.guests, 0o711)):
+        files.make_directory(path, mode)
+    marker = f"{banks}\n".encode()
+    run = layout.guest_run(uuid)
+    try:
+        readable = Account(os.geteuid(), account.gid)
+        files.write_directory(run, {"layer.json": layer, "pcr-banks": marker}, readable)
+        files.rotate_log(layout.guest_log(uuid), account)
+        files.replace(layout.guest_marker(uuid), marker, Account(os.geteuid(), os.getegid()), 0o644)
+    except BaseException:
+        files.discard(run)
+        raise
+
+
+def _layer(uuid: str, vtpm: Vtpm, layout: Layout) -> bytes:
+    banks = [
+        {
+            "algorithm": bank.algorithm.name,
+            "pcrs": sorted(bank.pcrs),
+            "visible": bank.visible,
+            "properties": list(bank.properties),
+        }
+        for bank in vtpm.banks
+    ]
+    index, log = str(layout.index), str(layout.guest_log(uuid))
+    layer = {"version": LAYER_VERSION, "uuid": uuid, "index": index, "log": log, "banks": banks}
+    return json.dumps(layer).encode() + b"\n"
+
+
+def _needs_activation(uuid: str, vtpm: Vtpm, banks: str, layout: Layout) -> bool:
+    """Whether the guest has a TPM state in which the property banks may be inactive.
+
+    A state that does not exist yet is made by libvirt through our swtpm_setup, with the right banks. Where the domain
+    has active_pcr_banks, libvirt runs our swtpm_setup before every start anyway.
+    """
+    if vtpm.active or not (layout.guest_tpm(uuid) / "tpm2-00.permall").exists():
+        return False
+    if _marked(uuid, layout) == banks and not ended_inactive(layout.guest_log(uuid)):
+        return False
+    if vtpm.encrypted:
+        raise DomainError(
+            "domain.encrypted-state",
+            "the property bank is not active in this guest's encrypted TPM state, which only libvirt can open",
+            f"name {banks} in <active_pcr_banks> of the domain, then libvirt activates them",
+        )
+    return True
+
+
+def _marked(uuid: str, layout: Layout) -> str:
+    try:
+        return layout.guest_marker(uuid).read_text(encoding="ascii", errors="replace").strip()
+    except FileNotFoundError:
+        return ""
