@@ -87,14 +87,14 @@ class ModelTpm:
 
     def _read(self, request: bytes) -> bytes:
         reader = tpm.Reader(request, 10)
-        chosen: dict[HashAlgorithm, frozenset[int]] = {}
+        chosen = []
         values = []
         for _ in range(reader.uint(4)):
             algorithm = BY_ID[reader.uint(2)]
             bits = int.from_bytes(reader.take(reader.uint(1)), "little")
             pcrs = [p for p in range(24) if bits >> p & 1 and (algorithm, p) in self.pcrs][: 8 - len(values)]
-            chosen[algorithm] = frozenset(pcrs)
+            chosen.append((algorithm, tuple(pcrs)))
             values += [self.pcrs[algorithm, p] for p in pcrs]
-        body = struct.pack(">I", 1) + build_selection(chosen) + struct.pack(">I", len(values))
+        body = struct.pack(">I", 1) + build_selection(tuple(chosen)) + struct.pack(">I", len(values))
         body += b"".join(struct.pack(">H", len(v)) + v for v in values)
         return struct.pack(">HII", tpm.NO_SESSIONS, 10 + len(body), 0) + body

@@ -29,8 +29,11 @@ RC_RETRY = 0x922
 RS_PW = 0x40000009
 
 _HEADER = struct.Struct(">HII")
-_PASSWORD = struct.pack(">IIHBH", 9, RS_PW, 0, 0, 0)
-"""An authorisation area of 9 bytes with the empty password, behind its length."""
+_FRONTS = {1: struct.Struct(">HIIII"), 2: struct.Struct(">HIIIII")}
+"""Header, handles and authorizationSize by the number of handles."""
+
+_EMPTY_PASSWORD = struct.pack(">IHBH", RS_PW, 0, 0, 0)
+"""The authorisation area of 9 bytes that firmware and kernels send."""
 
 
 class Authorisation(NamedTuple):
@@ -40,6 +43,9 @@ class Authorisation(NamedTuple):
     nonce: bytes
     attributes: int
     hmac: bytes
+
+
+_PASSWORD_ALONE = (Authorisation(RS_PW, b"", 0, b""),)
 
 
 class Command(NamedTuple):
@@ -113,33 +119,51 @@ def parse_command(command: bytes, handles: int) -> Command:
 
     Args:
         command: the whole command; its size field must equal its length.
-        handles: how many 4-byte handles its code has (part 3, command table).
+        handles: how many 4-byte handles its code has, 1 or 2 (part 3, command tables).
 
     Raises:
         WireError: ``wire.*``; the TPM refuses such a command too, with a code of its own.
     """
-    tag, size, code = _header(command)
+    front = _FRONTS[handles]
+    if len(command) < front.size:
+        raise WireError("wire.truncated", f"{len(command)} bytes are no command with {handles} handles and sessions")
+    tag, size, code, *numbers, area_size = front.unpack_from(command)
     if tag != SESSIONS or size != len(command) or size > COMMAND_BYTES:
         raise WireError("wire.header", f"tag {tag:#06x}, size field {size}, {len(command)} bytes")
-    reader = Reader(command, _HEADER.size)
-    numbers = tuple(reader.uint(4) for _ in range(handles))
-    area = Reader(reader.take(reader.uint(4)))
+    end = front.size + area_size
+    if end > size:
+        raise WireError("wire.truncated", f"an authorisation area of {area_size} bytes does not fit")
+    authorisations = _parse_area(command[front.size : end])
+    return Command(code, tuple(numbers), authorisations, command[:end], command[end:])
+
+
+def _parse_area(area: bytes) -> tuple[Authorisation, ...]:
+    if area == _EMPTY_PASSWORD:
+        return _PASSWORD_ALONE
+    reader = Reader(area)
     authorisations = []
-    while area.offset < len(area.data):
-        authorisations.append(Authorisation(area.uint(4), area.sized(), area.uint(1), area.sized()))
-    front, parameters = command[: reader.offset], command[reader.offset :]
-    return Command(code, numbers, tuple(authorisations), front, parameters)
+    while reader.offset < len(area):
+        authorisations.append(Authorisation(reader.uint(4), reader.sized(), reader.uint(1), reader.sized()))
+    return tuple(authorisations)
 
 
 def parse_digests(parameters: bytes) -> tuple[Digest, ...]:
     """TPML_DIGEST_VALUES as the only parameter: at most four digests of known algorithms, nothing behind."""
-    reader = Reader(parameters)
-    count = reader.uint(4)
+    count = int.from_bytes(parameters[:4], "big")
     if count > EXTEND_DIGESTS:
         raise WireError("wire.digest-count", f"{count} digests, at most {EXTEND_DIGESTS}")
-    digests = tuple(_digest(reader) for _ in range(count))
-    reader.end()
-    return digests
+    digests = []
+    offset = 4
+    for _ in range(count):
+        algorithm = BY_ID.get(int.from_bytes(parameters[offset : offset + 2], "big"))
+        if algorithm is None:
+            raise WireError("wire.algorithm", "unknown hash algorithm in a digest list")
+        end = offset + 2 + algorithm.size
+        digests.append(Digest(algorithm, parameters[offset + 2 : end]))
+        offset = end
+    if offset != len(parameters):
+        raise WireError("wire.digest-size", f"the digest list takes {offset} bytes of {len(parameters)}")
+    return tuple(digests)
 
 
 def build_digests(digests: Sequence[Digest]) -> bytes:
@@ -162,7 +186,7 @@ def parse_event(parameters: bytes) -> bytes:
 
 def build_pcr_extend(pcr: int, digests: Sequence[Digest]) -> bytes:
     """TPM2_PCR_Extend (part 3 section 22.2) authorised by the empty password."""
-    body = struct.pack(">I", pcr) + _PASSWORD + build_digests(digests)
+    body = struct.pack(">II", pcr, len(_EMPTY_PASSWORD)) + _EMPTY_PASSWORD + build_digests(digests)
     return _HEADER.pack(SESSIONS, _HEADER.size + len(body), CC_PCR_EXTEND) + body
 
 
@@ -178,17 +202,3 @@ def build_event_response(extended: bytes, digests: Sequence[Digest]) -> bytes:
     parameters = build_digests(digests)
     body = struct.pack(">I", len(parameters)) + parameters + extended[reader.offset :]
     return _HEADER.pack(SESSIONS, _HEADER.size + len(body), RC_SUCCESS) + body
-
-
-def _header(message: bytes) -> tuple[int, int, int]:
-    if len(message) < _HEADER.size:
-        raise WireError("wire.truncated", f"{len(message)} bytes are no TPM message")
-    tag, size, code = _HEADER.unpack_from(message)
-    return tag, size, code
-
-
-def _digest(reader: Reader) -> Digest:
-    algorithm = BY_ID.get(reader.uint(2))
-    if algorithm is None:
-        raise WireError("wire.algorithm", "unknown hash algorithm in a digest list")
-    return Digest(algorithm, reader.take(algorithm.size))

@@ -7,50 +7,70 @@ map, PCR 0 in the lowest bit of the first byte (TPM 2.0 Library, part 2 sections
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from functools import cache
 
 from swtpm_prop.errors import WireError
-from swtpm_prop.tpm.algorithms import ALGORITHMS, BY_ID, HashAlgorithm
+from swtpm_prop.tpm.algorithms import HashAlgorithm
 from swtpm_prop.tpm.commands import CC_PCR_READ, NO_SESSIONS, RC_SUCCESS, Reader, response_code
 
 CAP_PCRS = 0x00000005
+_READ_ECHO = 14
+"""Where a PCR_Read answer repeats the selection: behind header and pcrUpdateCounter."""
+
 SELECT_BYTES = 3
 """PC Client: 24 PCRs."""
 
 _NO_SESSIONS = NO_SESSIONS.to_bytes(2, "big")
 
-Selection = Mapping[HashAlgorithm, frozenset[int]]
+Selection = tuple[tuple[HashAlgorithm, tuple[int, ...]], ...]
+"""Banks in the order asked for, each with its PCRs in rising order."""
+
+READ_PCRS = 8
+"""Most PCRs in one TPM2_PCR_Read (libtpms: TPML_DIGEST of eight)."""
 
 
+@cache
 def build_selection(selection: Selection) -> bytes:
     """TPML_PCR_SELECTION with three select bytes for each bank."""
     parts = [struct.pack(">I", len(selection))]
-    for algorithm, pcrs in selection.items():
+    for algorithm, pcrs in selection:
         bits = sum(1 << pcr for pcr in pcrs)
         parts.append(struct.pack(">HB", algorithm.id, SELECT_BYTES) + bits.to_bytes(SELECT_BYTES, "little"))
     return b"".join(parts)
 
 
+@cache
 def build_pcr_read(selection: Selection) -> bytes:
-    """TPM2_PCR_Read (part 3 section 22.4); the TPM answers with the first eight of the selected PCRs."""
+    """TPM2_PCR_Read (part 3 section 22.4) of at most eight PCRs."""
     body = build_selection(selection)
     return struct.pack(">HII", NO_SESSIONS, 10 + len(body), CC_PCR_READ) + body
 
 
-def parse_pcr_read(response: bytes) -> dict[tuple[HashAlgorithm, int], bytes]:
-    """The values in a successful answer of TPM2_PCR_Read; PCRs of a bank that is not active are missing.
+def parse_pcr_read(response: bytes, selection: Selection) -> list[bytes] | None:
+    """The values of the selected PCRs in order, from a successful answer of TPM2_PCR_Read.
+
+    The answer repeats the selection as far as it is active: None if a selected bank is not.
 
     Raises:
         WireError: the answer is malformed; the TPM is libtpms, so that is a fault, not an attack.
     """
-    reader = Reader(response, 10)
-    reader.uint(4)  # pcrUpdateCounter
-    selected = [(algorithm, pcr) for algorithm, pcrs in _selections(reader) for pcr in sorted(pcrs)]
-    values = [reader.sized() for _ in range(reader.uint(4))]
-    reader.end()
-    if len(values) != len(selected):
-        raise WireError("wire.pcr-read", f"{len(values)} values for {len(selected)} PCRs")
-    return dict(zip(selected, values, strict=True))
+    echo = build_selection(selection)
+    start = _READ_ECHO + len(echo)
+    if response[_READ_ECHO:start] != echo:
+        return None
+    sizes = [algorithm.size for algorithm, pcrs in selection for _ in pcrs]
+    if int.from_bytes(response[start : start + 4], "big") != len(sizes):
+        raise WireError("wire.pcr-read", "a PCR_Read answer without a value for each PCR")
+    values = []
+    offset = start + 4
+    for size in sizes:
+        offset += 2
+        values.append(response[offset : offset + size])
+        offset += size
+    if offset != len(response):
+        raise WireError("wire.pcr-read", f"PCR_Read answered {len(response)} bytes instead of {offset}")
+    return values
 
 
 def hide_banks(response: bytes, hidden: Iterable[HashAlgorithm]) -> bytes:
@@ -75,18 +95,3 @@ def hide_banks(response: bytes, hidden: Iterable[HashAlgorithm]) -> bytes:
 def _capability(reader: Reader) -> int:
     reader.uint(1)  # moreData
     return reader.uint(4)
-
-
-def _selections(reader: Reader) -> list[tuple[HashAlgorithm, frozenset[int]]]:
-    count = reader.uint(4)
-    if count > len(ALGORITHMS):
-        raise WireError("wire.selection", f"{count} banks in a PCR selection")
-    return [_selection(reader) for _ in range(count)]
-
-
-def _selection(reader: Reader) -> tuple[HashAlgorithm, frozenset[int]]:
-    algorithm = BY_ID.get(reader.uint(2))
-    if algorithm is None:
-        raise WireError("wire.algorithm", "unknown hash algorithm in a PCR selection")
-    bits = int.from_bytes(reader.take(reader.uint(1)), "little")
-    return algorithm, frozenset(pcr for pcr in range(bits.bit_length()) if bits >> pcr & 1)

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from swtpm_prop.errors import LayerError, WireError
 from swtpm_prop.limits import EXTEND_DIGESTS, OWN_TRIES
 from swtpm_prop.tpm import commands as tpm
-from swtpm_prop.tpm.algorithms import ALGORITHMS, Digest, HashAlgorithm
-from swtpm_prop.tpm.pcr import build_pcr_read, hide_banks, parse_pcr_read
+from swtpm_prop.tpm.algorithms import ALGORITHMS, Digest
+from swtpm_prop.tpm.pcr import READ_PCRS, Selection, build_pcr_read, hide_banks, parse_pcr_read
 from swtpm_prop.translate import record
 from swtpm_prop.translate.policy import BROKEN, HELD, UNMEASURED, Bank, broken_digest, held_digest, state
 from swtpm_prop.translate.record import Record
@@ -74,7 +75,7 @@ def handle(command: bytes, banks: Banks, judge: Judge) -> Steps:
 
 def resumed(banks: Banks) -> Steps:
     """Look at the PCRs after a state was loaded; a TPM that waits for its Startup has none to look at."""
-    first = yield build_pcr_read({banks[0].algorithm: frozenset({0})})
+    first = yield build_pcr_read(((banks[0].algorithm, (0,)),))
     if tpm.response_code(first) != tpm.RC_SUCCESS:
         return Outcome(first)
     return Outcome(first, ((yield from _snapshot(record.RESUME, banks)),))
@@ -185,19 +186,19 @@ def _translate(
     name: str, pcr: int, digests: tuple[Digest, ...], touched: Banks, judge: Judge
 ) -> Generator[bytes, bytes, _Translated | None]:
     """What the touched banks get instead of the guest's digests; None if their PCRs cannot be read (no Startup)."""
-    values = yield from _read({bank.algorithm: frozenset({pcr}) for bank in touched})
+    values = yield from _read(tuple((bank.algorithm, (pcr,)) for bank in touched))
     if values is None:
         return None
-    own: list[Digest] = []
+    own = []
     records = []
-    for bank in touched:
-        before = _state(bank, pcr, values)
+    for bank, value in zip(touched, values, strict=True):
         verdict = _judge(bank, digests, judge)
-        after, digest = _step(bank, before, verdict)
-        own += [Digest(bank.algorithm, digest)] if digest else []
+        after, digest = _step(bank, state(bank, value), verdict)
+        if digest:
+            own.append(Digest(bank.algorithm, digest))
         records.append(record.measurement(name, pcr, digests, bank.algorithm.name, after, verdict))
-    properties = {bank.algorithm for bank in touched}
-    raw = tuple(digest for digest in digests if digest.algorithm not in properties)
+    properties = [bank.algorithm for bank in touched]
+    raw = tuple([digest for digest in digests if digest.algorithm not in properties])
     return _Translated(raw, tuple(own), tuple(records))
 
 
@@ -240,42 +241,35 @@ def _own_extend(pcr: int, digests: Sequence[Digest]) -> Generator[bytes, bytes, 
 
 
 def _snapshot(event: str, banks: Banks) -> Generator[bytes, bytes, Record]:
-    values = yield from _read({bank.algorithm: bank.pcrs for bank in banks})
-    if values is None:
-        raise LayerError("layer.pcr-read", "the PCRs cannot be read after Startup")
-    states = {bank.algorithm.name: {pcr: _state(bank, pcr, values) for pcr in sorted(bank.pcrs)} for bank in banks}
+    states = {}
+    for bank in banks:
+        pcrs = sorted(bank.pcrs)
+        values: list[bytes] = []
+        for start in range(0, len(pcrs), READ_PCRS):
+            part = yield from _read(((bank.algorithm, tuple(pcrs[start : start + READ_PCRS])),))
+            if part is None:
+                raise LayerError("layer.pcr-read", "the PCRs cannot be read after Startup")
+            values += part
+        states[bank.algorithm.name] = {pcr: state(bank, value) for pcr, value in zip(pcrs, values, strict=True)}
     return record.snapshot(event, states)
 
 
-def _read(
-    selection: Mapping[HashAlgorithm, frozenset[int]],
-) -> Generator[bytes, bytes, dict[tuple[HashAlgorithm, int], bytes] | None]:
-    """The selected PCRs, eight at a time as the TPM gives them; None if the TPM refuses."""
-    values: dict[tuple[HashAlgorithm, int], bytes] = {}
-    wanted = dict(selection)
-    while wanted:
-        response = yield build_pcr_read(wanted)
-        if tpm.response_code(response) != tpm.RC_SUCCESS:
-            return None
-        got = parse_pcr_read(response)
-        if not got:
-            break
-        values |= got
-        rest = {a: frozenset(pcr for pcr in pcrs if (a, pcr) not in values) for a, pcrs in wanted.items()}
-        wanted = {a: pcrs for a, pcrs in rest.items() if pcrs}
+def _read(selection: Selection) -> Generator[bytes, bytes, list[bytes] | None]:
+    """The values of at most eight PCRs; None if the TPM refuses, as it does before Startup."""
+    response = yield build_pcr_read(selection)
+    if tpm.response_code(response) != tpm.RC_SUCCESS:
+        return None
+    values = parse_pcr_read(response, selection)
+    if values is None:
+        names = " or ".join(algorithm.name for algorithm, _ in selection)
+        raise LayerError(
+            "layer.bank-inactive",
+            f"the property bank {names} is not active in this TPM",
+            "shut the guest down and start it again; the start activates the bank",
+        )
     return values
 
 
-def _state(bank: Bank, pcr: int, values: Mapping[tuple[HashAlgorithm, int], bytes]) -> str:
-    value = values.get((bank.algorithm, pcr))
-    if value is None:
-        raise LayerError(
-            "layer.bank-inactive",
-            f"the property bank {bank.algorithm.name} is not active in this TPM",
-            "shut the guest down and start it again; the start activates the bank",
-        )
-    return state(bank, value)
-
-
+@lru_cache(maxsize=64)
 def _touched(banks: Banks, pcr: int) -> Banks:
     return tuple(bank for bank in banks if pcr in bank.pcrs)

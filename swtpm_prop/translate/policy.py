@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 from swtpm_prop.tpm.algorithms import HashAlgorithm
@@ -34,11 +35,13 @@ def canonical(properties: Sequence[str]) -> bytes:
     return b"\n".join(sorted({uri.encode() for uri in properties}))
 
 
+@cache
 def held_digest(bank: Bank) -> bytes:
     """What the layer extends for the first certified measurement, ``bank.algorithm.size`` bytes."""
     return _marker(bank, b"held")
 
 
+@cache
 def broken_digest(bank: Bank) -> bytes:
     """What the layer extends for a measurement that is not certified, ``bank.algorithm.size`` bytes."""
     return _marker(bank, b"broken")
@@ -49,6 +52,7 @@ def unmeasured_value(bank: Bank) -> bytes:
     return bytes(bank.algorithm.size)
 
 
+@cache
 def held_value(bank: Bank) -> bytes:
     """The PCR while every measurement so far is certified; known in advance from the properties alone."""
     return hashlib.new(bank.algorithm.name, unmeasured_value(bank) + held_digest(bank)).digest()

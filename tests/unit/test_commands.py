@@ -14,7 +14,7 @@ from tpm2_pytss import TPML_DIGEST_VALUES, command_parser
 from swtpm_prop.errors import WireError
 from swtpm_prop.tpm import commands as tpm
 from swtpm_prop.tpm.algorithms import ALGORITHMS, SHA1, SHA256, Digest
-from swtpm_prop.tpm.pcr import CAP_PCRS, build_pcr_read, hide_banks, parse_pcr_read
+from swtpm_prop.tpm.pcr import CAP_PCRS, build_pcr_read, build_selection, hide_banks, parse_pcr_read
 
 digests = st.sampled_from(ALGORITHMS).flatmap(
     lambda a: st.binary(min_size=a.size, max_size=a.size).map(lambda value: Digest(a, value))
@@ -110,7 +110,8 @@ def test_any_bytes_are_parsed_or_refused(data: bytes) -> None:
         tpm.response_code,
         tpm.parse_digests,
         tpm.parse_event,
-        parse_pcr_read,
+        lambda d: parse_pcr_read(d, ((SHA256, (0,)),)),
+        lambda d: parse_pcr_read(bytes(14) + build_selection(((SHA256, (0,)),)) + d, ((SHA256, (0,)),)),
         lambda d: tpm.parse_command(d, handles=1),
         lambda d: tpm.parse_command(b"\x80\x02" + struct.pack(">I", len(d) + 6) + d, handles=1),
     ):
@@ -133,7 +134,7 @@ def test_event_response_is_what_the_oracle_expects() -> None:
 
 
 def test_pcr_read_asks_as_the_oracle_reads() -> None:
-    command = build_pcr_read({SHA256: frozenset({0, 7, 23}), SHA1: frozenset({9})})
+    command = build_pcr_read(((SHA256, (0, 7, 23)), (SHA1, (9,))))
     selections = oracle(command).parameters[0]
     assert [(int(s.hash), bytes(s.pcrSelect[0 : s.sizeofSelect])) for s in selections] == [
         (SHA256.id, b"\x81\x00\x80"),
