@@ -1,0 +1,1 @@
+"""What is wrong on a host and how to mend it: small independent checks, each a function from the host to findings."""

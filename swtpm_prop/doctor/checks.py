@@ -1,0 +1,38 @@
+"""All checks in the order a person should read their findings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from swtpm_prop.doctor import access, confinement, daemon, guests, index, installation, swtpm
+from swtpm_prop.doctor.finding import Finding, Subject, problem
+from swtpm_prop.errors import Error
+
+CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
+    installation.installed,
+    installation.programs,
+    installation.interpreter,
+    swtpm.programs,
+    swtpm.preload,
+    swtpm.local_ca,
+    access.readable,
+    index.index,
+    daemon.daemons,
+    confinement.apparmor,
+    confinement.selinux,
+    guests.guests,
+)
+
+
+def examine(subject: Subject) -> list[Finding]:
+    """Run every check; one that cannot be finished is a finding itself and keeps no other from running."""
+    return list(dict.fromkeys(finding for check in CHECKS for finding in _run(check, subject)))
+
+
+def _run(check: Callable[[Subject], Iterator[Finding]], subject: Subject) -> Iterator[Finding]:
+    try:
+        yield from check(subject)
+    except Error as error:
+        yield problem(error.id, error.what, error.mend)
+    except OSError as error:
+        yield problem("doctor.not-checked", f"{check.__name__} cannot be checked: {error}", "run this as root")

@@ -1,0 +1,70 @@
+"""Does the running daemon look for swtpm in our directory, and did it start late enough to know the hook?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from swtpm_prop.doctor.finding import Finding, Subject, ok, problem, warning
+from swtpm_prop.install.plan import DAEMONS
+
+
+class Daemon(NamedTuple):
+    """A running daemon: its name, process id, PATH and start time (seconds since the epoch)."""
+
+    name: str
+    pid: int
+    path: str
+    started: float
+
+
+def daemons(subject: Subject) -> Iterator[Finding]:
+    """Every libvirtd and virtqemud that runs here must search our directory first."""
+    if not subject.live or subject.installed is None:
+        return
+    found = list(running())
+    if not found:
+        yield ok("daemon.not-running", f"no daemon runs ({', '.join(DAEMONS)}); it will find us when it starts")
+    for daemon in found:
+        yield _judge(subject, daemon)
+
+
+def _judge(subject: Subject, daemon: Daemon) -> Finding:
+    who = f"{daemon.name} (process {daemon.pid})"
+    restart = f"systemctl daemon-reload && systemctl restart {daemon.name}"
+    libexec = str(subject.layout.libexec)
+    if libexec not in daemon.path.split(":"):
+        return problem("daemon.path", f"{who} does not look for swtpm in {libexec}", restart)
+    if daemon.path.split(":")[0] != libexec:
+        mend = f"find the unit setting or environment file that sets PATH, then {restart}"
+        return problem("daemon.path-order", f"{who} looks for swtpm elsewhere before {libexec}", mend)
+    if subject.installed and daemon.started < subject.installed.since:
+        return warning("daemon.started-before", f"{who} started before the hook was put in place", restart)
+    return ok("daemon.path", f"{who} looks for swtpm in {libexec} first")
+
+
+def running() -> Iterator[Daemon]:
+    """The daemons in this mount namespace (those of containers have a file system of their own)."""
+    for pid in (entry for entry in Path("/proc").iterdir() if entry.name.isdecimal()):
+        try:
+            name = (pid / "comm").read_text().rstrip("\n")
+            if name not in DAEMONS or (pid / "ns/mnt").readlink() != Path("/proc/self/ns/mnt").readlink():
+                continue
+            yield Daemon(name, int(pid.name), _environ(pid).get("PATH", ""), _started(pid))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+
+
+def _environ(process: Path) -> dict[str, str]:
+    """The environment a process was started with (proc(5), /proc/PID/environ)."""
+    entries = os.fsdecode((process / "environ").read_bytes()).split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def _started(process: Path) -> float:
+    """Field 22 of /proc/PID/stat counts ticks since boot; the name before it may hold spaces and brackets."""
+    ticks = int((process / "stat").read_text().rpartition(")")[2].split()[19])
+    boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+    return int(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
