@@ -74,6 +74,10 @@ CLAIMS_KEPT = 256
 CANDIDATES = 4096
 """Most index rows looked at for one measurement; more than this many certificates for one digest is an attack."""
 
+# -- layer --------------------------------------------------------------------------------------
+LAYER_BYTES = 65536
+"""Largest layer.json; three banks with sixteen of the longest URIs each have 25,000 bytes."""
+
 # -- property log -------------------------------------------------------------------------------
 LOG_BYTES = 16 * 1024 * 1024
 """Property log of one start; a guest can extend in a loop and must not fill the host's disk."""
