@@ -74,7 +74,7 @@ def describe(event: Event) -> str:
         words = reader(event.data)
     except (struct.error, ValueError, IndexError):
         words = _plain(event.data)
-    words = printable(words)
+    words = printable(words).strip()
     return words if len(words) <= TEXT_CHARS else words[: TEXT_CHARS - 3] + "..."
 
 
