@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ def fold(records: Iterable[Record]) -> Standing:
         try:
             standing = _after(standing, record["content"], record["pcr"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise _malformed(f"record {record.get('recnum')}") from error
+            raise malformed(f"record {record.get('recnum')}") from error
     return standing
 
 
@@ -73,9 +74,9 @@ def parse_line(line: bytes) -> Record:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise _malformed("a line that is no JSON") from error
+        raise malformed("a line that is no JSON") from error
     if not isinstance(record, dict):
-        raise _malformed("a line that is no record")
+        raise malformed("a line that is no record")
     return record
 
 
@@ -89,11 +90,11 @@ def read(path: Path) -> Iterator[Record]:
         while (line := file.readline(LOG_LINE_BYTES)).endswith(b"\n"):
             yield parse_line(line)
         if len(line) == LOG_LINE_BYTES:
-            raise _malformed("an overlong line")
+            raise malformed("an overlong line")
 
 
-def open_log(path: Path) -> Any:
-    """The log as a binary file object.
+def open_log(path: Path) -> BufferedReader:
+    """Open the log for reading.
 
     Raises:
         DomainError: ``domain.no-log``, ``domain.log-unreadable``.
@@ -118,5 +119,6 @@ def ended_inactive(path: Path) -> bool:
         return False
 
 
-def _malformed(what: str) -> DomainError:
+def malformed(what: str) -> DomainError:
+    """The error for a log that holds ``what``; the swtpm process writes it, and may have been taken over."""
     return DomainError("domain.log-malformed", f"the property log holds {what}", "the next start begins a new one")

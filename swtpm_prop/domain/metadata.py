@@ -78,9 +78,13 @@ def parse_element(xml: bytes) -> Vtpm:
 
 
 def fit(vtpm: Vtpm, xml: bytes) -> Vtpm:
-    """What ``vtpm`` becomes in the domain ``xml``, whose own metadata is not looked at. Raises as `parse_domain`."""
+    """Check ``vtpm`` by all rules for the domain ``xml``, whose own metadata is not looked at, as if it stood there.
+
+    Raises:
+        DomainError: as `parse_domain`.
+    """
     scan(xml)
-    return _fitted(vtpm, _tree(xml))
+    return _fitted(_vtpm(_tree(to_xml(vtpm).encode())), _tree(xml))
 
 
 def to_xml(vtpm: Vtpm, prefix: str = PREFIX) -> str:

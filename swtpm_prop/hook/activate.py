@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import tempfile
 from pathlib import Path
 
 from swtpm_prop.account import Account
@@ -27,40 +28,46 @@ def activate(state: Path, banks: str, account: Account, layout: Layout) -> None:
     """
     # Without our own directory in PATH: swtpm_setup must find the real swtpm, the layer is not laid out yet.
     path = [entry for entry in os.environ.get("PATH", PATH).split(":") if Path(entry) != layout.libexec]
-    command = ["swtpm_setup", "--tpm2", "--tpm-state", str(state), "--pcr-banks", banks, "--reconfigure"]
-    try:
-        said, status = _run(command, ":".join(path), account)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise _failed(f"cannot be run, {error}") from error
-    if status != 0:
-        raise _failed(f"ended with status {status}, {' / '.join(said.split(chr(10))[-4:])}")
+    with tempfile.NamedTemporaryFile(prefix="swtpm-prop-") as log:
+        os.fchown(log.fileno(), *account)
+        command = ["swtpm_setup", "--tpm2", "--tpm-state", str(state), "--pcr-banks", banks, "--reconfigure"]
+        try:
+            status = _run([*command, "--logfile", log.name], ":".join(path), account)
+        except OSError as error:
+            raise _failed(f"cannot be run, {error}") from error
+        if status != 0:
+            said = log.read().decode(errors="replace").splitlines()
+            ended = "did not end" if status is None else f"ended with status {status}"
+            raise _failed(f"{ended}, {' / '.join(said[-4:])}")
 
 
-def _run(command: list[str], path: str, account: Account) -> tuple[str, int]:
-    """What the program said, and its exit status; a program that takes too long is ended with all it started."""
+def _run(command: list[str], path: str, account: Account) -> int | None:
+    """The exit status; None if the program took too long and was ended, with all it started.
+
+    swtpm_setup 0.7.1 waits for ever when its swtpm cannot read the state.
+    """
     with subprocess.Popen(
         command,
         env={"PATH": path, "LC_ALL": "C"},
         cwd="/",
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         user=account.uid,
         group=account.gid,
         extra_groups=[],
         start_new_session=True,
     ) as process:
         try:
-            said, _ = process.communicate(timeout=ACTIVATION_SECONDS)
+            return process.wait(ACTIVATION_SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            raise
-    return said.decode(errors="replace").strip(), process.returncode
+            return None
 
 
 def _failed(what: str) -> HostError:
     return HostError(
         "host.swtpm-setup",
         f"swtpm_setup, which shall activate the property bank, {what}",
-        "see that the TPM state is readable for swtpm's user and used by no other process",
+        "see that swtpm's user can read and write the TPM state and that it is whole",
     )

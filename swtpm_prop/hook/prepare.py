@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import time
 
 from swtpm_prop.account import Account, swtpm_account
 from swtpm_prop.domain.log import ended_inactive
@@ -26,7 +28,7 @@ def lay_out(uuid: str, xml: bytes, layout: Layout) -> None:
     vtpm = parse_domain(xml)
     if vtpm is None:
         raise DomainError("domain.misplaced", "the domain XML speaks of us, but has no metadata of ours")
-    Index.open(str(layout.index)).close()
+    _look_at_index(layout)
     account = swtpm_account(layout)
     banks = ",".join(algorithm.name for algorithm in vtpm.all_banks())
     if _needs_activation(uuid, vtpm, banks, layout):
@@ -35,6 +37,14 @@ def lay_out(uuid: str, xml: bytes, layout: Layout) -> None:
 
         activate(layout.guest_tpm(uuid), banks, account, layout)
     _write(uuid, banks, _layer(uuid, vtpm, layout), account, layout)
+
+
+def _look_at_index(layout: Layout) -> None:
+    """The index must be usable. An expired one makes every measurement uncertified, and so says itself in the log."""
+    index = Index.open(str(layout.index))
+    index.close()
+    if index.expires < time.time():
+        print("swtpm-prop: the certificate index has expired, nothing will be certified", file=sys.stderr)
 
 
 def _write(uuid: str, banks: str, layer: bytes, account: Account, layout: Layout) -> None:

@@ -1,0 +1,202 @@
+"""``swtpm-prop domain``: switch guests on and off through libvirt, show what they ask for, their state and log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+import click
+import libvirt
+
+from swtpm_prop.cli import output, property_log
+from swtpm_prop.domain import log
+from swtpm_prop.domain.identity import identify
+from swtpm_prop.domain.metadata import NAMESPACE, PREFIX, Vtpm, fit, parse_domain, to_xml
+from swtpm_prop.domain.pcrs import DEFAULT, format_pcrs, parse_pcrs
+from swtpm_prop.errors import DomainError, printable
+from swtpm_prop.layout import Layout
+from swtpm_prop.tpm.algorithms import BY_NAME, STRONG
+from swtpm_prop.translate.policy import Bank, held_value
+
+LOCAL = "qemu:///system"
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Guest(NamedTuple):
+    """A domain of libvirt and its inactive XML, which is what its next start uses."""
+
+    domain: libvirt.virDomain
+    xml: bytes
+    uri: str
+
+    @property
+    def uuid(self) -> str:
+        """As libvirt writes it."""
+        return identify(self.xml).uuid
+
+
+@click.group()
+def command() -> None:
+    """Switch guests on and off, show their state and log."""
+
+
+def of_guest(function: Function) -> Function:
+    """The arguments that every verb has: the guest's name, the libvirt that has it, ``--json``."""
+    connect = click.option(
+        "--connect", "uri", default=LOCAL, envvar="LIBVIRT_DEFAULT_URI", show_default=True, help="libvirt's URI."
+    )
+    return click.argument("name")(connect(output.json_option(function)))
+
+
+# -- metadata -------------------------------------------------------------------------------------
+
+
+@command.command()
+@of_guest
+@click.option("--property", "properties", multiple=True, required=True, metavar="URI", help="Required; repeatable.")
+@click.option("--bank", type=click.Choice([a.name for a in STRONG]), default="sha384", show_default=True)
+@click.option("--pcrs", default=DEFAULT, show_default=True, help="PCRs that record properties.")
+@click.option("--hidden", is_flag=True, help="Hide the bank from the guest, for kernels that sign their extends.")
+@click.pass_context
+def enable(
+    ctx: click.Context,
+    name: str,
+    uri: str,
+    as_json: bool,
+    properties: tuple[str, ...],
+    bank: str,
+    pcrs: str,
+    hidden: bool,
+) -> None:
+    """Let the guest NAME record properties, from its next start on."""
+    guest = _find(name, uri)
+    vtpm = fit(Vtpm((Bank(BY_NAME[bank], parse_pcrs(pcrs), not hidden, properties),)), guest.xml)
+    _set_metadata(guest, to_xml(vtpm, prefix=""))
+    if uri == LOCAL:
+        _warn_if_not_installed(_layout(ctx))
+    _print(guest, vtpm, as_json)
+
+
+@command.command()
+@of_guest
+def disable(name: str, uri: str, as_json: bool) -> None:
+    """Let the guest NAME be an ordinary one, from its next start on."""
+    guest = _find(name, uri)
+    _set_metadata(guest, None)
+    _print(guest, None, as_json)
+
+
+@command.command()
+@of_guest
+def show(name: str, uri: str, as_json: bool) -> None:
+    """Show what the guest NAME asks for, and the value its property PCRs have while they hold."""
+    guest = _find(name, uri)
+    _print(guest, parse_domain(guest.xml), as_json)
+
+
+def _layout(ctx: click.Context) -> Layout:
+    return ctx.find_object(Layout) or Layout()
+
+
+def _find(name: str, uri: str) -> Guest:
+    # By default libvirt also prints each error itself.
+    libvirt.registerErrorHandler(lambda *_: None, None)
+    try:
+        domain = libvirt.open(uri).lookupByName(name)
+        return Guest(domain, domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE).encode(), uri)
+    except libvirt.libvirtError as error:
+        raise _libvirt_failed(error) from error
+
+
+def _set_metadata(guest: Guest, xml: str | None) -> None:
+    kind = libvirt.VIR_DOMAIN_METADATA_ELEMENT
+    try:
+        guest.domain.setMetadata(kind, xml, PREFIX, NAMESPACE, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+    except libvirt.libvirtError as error:
+        raise _libvirt_failed(error) from error
+    if guest.domain.isActive():
+        _warn("the guest is running: the change counts from its next start, a reboot inside the guest is none")
+
+
+def _libvirt_failed(error: libvirt.libvirtError) -> DomainError:
+    return DomainError("domain.libvirt", f"libvirt refuses, {error.get_error_message()}", "see virsh list --all")
+
+
+def _warn_if_not_installed(layout: Layout) -> None:
+    needed = {layout.hook: "install", layout.libexec / "swtpm": "install", layout.index: "store build"}
+    for path, mend in needed.items():
+        if not path.exists():
+            _warn(f"{path} is missing, the guest will not start with properties: run swtpm-prop {mend}")
+
+
+def _warn(text: str) -> None:
+    click.secho(f"warning: {printable(text)}", fg="yellow", err=True)
+
+
+def _print(guest: Guest, vtpm: Vtpm | None, as_json: bool) -> None:
+    banks = [_bank_for_programs(bank) for bank in vtpm.banks] if vtpm else []
+    if as_json:
+        name = guest.domain.name()
+        output.print_json({"name": name, "uuid": guest.uuid, "enabled": vtpm is not None, "banks": banks})
+    elif not banks:
+        click.echo("properties off")
+    for bank in banks if not as_json else ():
+        click.echo(f"bank        {bank['algorithm']}{'' if bank['visible'] else ', hidden from the guest'}")
+        click.echo(f"PCRs        {bank['pcrs']}")
+        for uri in bank["properties"]:
+            click.echo(f"property    {uri}")
+        click.echo(f"held value  {bank['held']}")
+
+
+def _bank_for_programs(bank: Bank) -> dict[str, Any]:
+    return {
+        "algorithm": bank.algorithm.name,
+        "pcrs": format_pcrs(bank.pcrs),
+        "visible": bank.visible,
+        "properties": list(bank.properties),
+        "held": held_value(bank).hex(),
+    }
+
+
+# -- state and log --------------------------------------------------------------------------------
+
+
+@command.command()
+@of_guest
+@click.pass_context
+def status(ctx: click.Context, name: str, uri: str, as_json: bool) -> None:
+    """Show the state of each translated PCR of the guest NAME; exit status 1 if one is broken."""
+    guest = _here(name, uri)
+    standing = log.fold(log.read(_layout(ctx).guest_log(guest.uuid)))
+    running = bool(guest.domain.isActive())
+    if as_json:
+        output.print_json({"name": name, "uuid": guest.uuid, "running": running, **standing._asdict()})
+    else:
+        if not running:
+            click.echo("not running; this is how its last run ended", err=True)
+        property_log.print_standing(standing)
+    if standing.broken():
+        ctx.exit(1)
+
+
+@command.command("log")
+@of_guest
+@click.option("--follow", is_flag=True, help="Wait for more, across restarts of the guest, until interrupted.")
+@click.pass_context
+def log_(ctx: click.Context, name: str, uri: str, as_json: bool, follow: bool) -> None:
+    """Show the property log of the guest NAME: what was measured, and which certificate it rests on or why on none."""
+    path = _layout(ctx).guest_log(_here(name, uri).uuid)
+    for record in property_log.follow(path) if follow else log.read(path):
+        property_log.print_record(record, as_json)
+
+
+def _here(name: str, uri: str) -> Guest:
+    """The guest, if its log can be on this host."""
+    host = urlsplit(uri).hostname
+    if host:
+        raise DomainError(
+            "domain.remote", f"the property log of a guest is on its host, {host}", "run the same command there"
+        )
+    return _find(name, uri)
