@@ -1,0 +1,199 @@
+"""``swtpm-prop domain`` against libvirt's test driver."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import libvirt
+import pytest
+from click.testing import CliRunner, Result
+
+from swtpm_prop.cli.domain import command
+from swtpm_prop.domain.metadata import parse_domain
+from swtpm_prop.errors import DomainError
+from swtpm_prop.layout import Layout
+from swtpm_prop.tpm.algorithms import SHA384
+from swtpm_prop.translate import record
+from swtpm_prop.translate.policy import Bank, held_value
+from swtpm_prop.translate.verdict import Verdict
+
+URI = "test:///default"
+UUID = "aaaaaaaa-0000-4000-8000-000000000001"
+BOOT = "https://example.org/properties/boot"
+BANK = Bank(SHA384, frozenset({*range(10), 11, 12, 13, 14}), True, (BOOT,))
+TIME = "2026-01-01T00:00:00Z"
+XML = f"""
+<domain type='test'><name>%s</name><uuid>{UUID}</uuid><memory>1024</memory><os><type>hvm</type></os>
+<devices><tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm></devices></domain>
+"""
+
+
+@pytest.fixture
+def guest() -> Iterator[libvirt.virDomain]:
+    """A guest named g; the test driver keeps it as long as this connection is open."""
+    connection = libvirt.open(URI)
+    domain = connection.defineXML(XML % "g")
+    yield domain
+    if domain.isActive():
+        domain.destroy()
+    domain.undefine()
+    connection.close()
+
+
+def call(*argv: str, layout: Layout | None = None) -> Result:
+    return CliRunner().invoke(command, [*argv, "--connect", URI], obj=layout)
+
+
+def refused(*argv: str) -> str:
+    error = call(*argv).exception
+    assert isinstance(error, DomainError)
+    return error.id
+
+
+def inactive(guest: libvirt.virDomain) -> bytes:
+    return guest.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE).encode()
+
+
+def test_enable_show_disable(guest: libvirt.virDomain) -> None:
+    assert call("enable", "g", "--property", BOOT).exit_code == 0
+    vtpm = parse_domain(inactive(guest))
+    assert vtpm is not None
+    assert vtpm.banks == (BANK,)
+    assert b"<prop:vtpm xmlns:prop=" in inactive(guest)
+    shown = json.loads(call("show", "g", "--json").stdout)
+    assert shown["enabled"]
+    assert shown["uuid"] == UUID
+    assert shown["banks"][0]["held"] == held_value(BANK).hex()
+    assert BOOT in call("show", "g").stdout
+    assert call("disable", "g").exit_code == 0
+    assert parse_domain(inactive(guest)) is None
+    assert json.loads(call("show", "g", "--json").stdout)["banks"] == []
+    assert call("disable", "g").exit_code == 0
+
+
+def test_enable_takes_every_choice_and_replaces_the_earlier_one(guest: libvirt.virDomain) -> None:
+    call("enable", "g", "--property", BOOT)
+    two = ("--property", BOOT, "--property", "urn:example:b")
+    made = call("enable", "g", *two, "--bank", "sha512", "--pcrs", "4,7", "--hidden", "--json")
+    bank = json.loads(made.stdout)["banks"][0]
+    assert (bank["algorithm"], bank["pcrs"], bank["visible"]) == ("sha512", "4,7", False)
+    assert bank["properties"] == [BOOT, "urn:example:b"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "id"),
+    [
+        (("--property", "boot"), "domain.property"),
+        (("--property", BOOT, "--property", BOOT), "domain.property-doubled"),
+        (("--property", BOOT, "--pcrs", "0-16"), "domain.pcr-not-translatable"),
+        (("--property", BOOT, "--pcrs", "all"), "domain.pcrs"),
+        (("--property", BOOT, "--bank", "sha256"), "domain.raw-bank"),
+    ],
+)
+def test_what_a_start_would_refuse_is_refused_at_once(guest: libvirt.virDomain, argv: tuple[str, ...], id: str) -> None:
+    before = inactive(guest)
+    assert refused("enable", "g", *argv) == id
+    assert inactive(guest) == before
+
+
+def test_a_domain_without_a_fitting_tpm_is_refused() -> None:
+    assert refused("enable", "test", "--property", BOOT) == "domain.tpm"
+
+
+def test_a_domain_or_a_libvirt_that_is_not_there_is_said_to_be() -> None:
+    assert refused("show", "no such guest") == "domain.libvirt"
+    error = CliRunner().invoke(command, ["show", "g", "--connect", "test:///no/such/file"]).exception
+    assert isinstance(error, DomainError)
+
+
+def test_a_running_guest_is_said_to_change_later(guest: libvirt.virDomain) -> None:
+    guest.create()
+    assert "next start" in call("enable", "g", "--property", BOOT).stderr
+    assert parse_domain(inactive(guest)) is not None
+    assert parse_domain(guest.XMLDesc().encode()) is None
+    assert "next start" in call("disable", "g").stderr
+
+
+@pytest.mark.parametrize("name", ["--", "-", "..", "a b", "\x1b[2J", "ö<&>'\""])
+def test_names_are_names(name: str) -> None:
+    shown = CliRunner().invoke(command, ["show", "--connect", URI, "--", name])
+    assert isinstance(shown.exception, DomainError)
+    assert shown.exception.id == "domain.libvirt"
+    assert shown.exception.line().isprintable()
+
+
+# -- state and log ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def layout(tmp_path: Path, guest: libvirt.virDomain) -> Layout:
+    """A host with the log of a boot: PCR 0 held, PCR 4 unmeasured."""
+    layout = Layout(tmp_path)
+    layout.logs.mkdir(parents=True)
+    append(layout, record.snapshot(record.STARTUP, {"sha384": {0: "unmeasured", 4: "unmeasured"}}))
+    append(layout, record.measurement("PCR_Extend", 0, (), "sha384", "held", Verdict(True, ("sha256:" + "ab" * 32,))))
+    return layout
+
+
+def append(layout: Layout, entry: record.Record) -> None:
+    with layout.guest_log(UUID).open("a") as file:
+        file.write(json.dumps(entry.to_json(0, TIME)) + "\n")
+
+
+def broken(layout: Layout) -> None:
+    verdict = Verdict(False, (), "unknown", "no certificate \x1b[2J")
+    append(layout, record.measurement("PCR_Extend", 4, (), "sha384", "broken", verdict))
+
+
+def test_status_is_a_table_and_its_exit_status_the_verdict(layout: Layout) -> None:
+    good = call("status", "g", layout=layout)
+    assert good.exit_code == 0
+    assert [line.split()[:2] for line in good.stdout.splitlines()[1:]] == [["0", "held"], ["4", "unmeasured"]]
+    broken(layout)
+    bad = call("status", "g", "--json", layout=layout)
+    assert bad.exit_code == 1
+    assert json.loads(bad.stdout)["states"] == {"sha384": {"0": "held", "4": "broken"}}
+
+
+def test_status_after_the_layer_gave_up(layout: Layout) -> None:
+    append(layout, record.failure("layer.bank-inactive", "the bank is not active"))
+    shown = call("status", "g", layout=layout)
+    assert shown.exit_code == 1
+    assert "layer.bank-inactive" in shown.stdout
+
+
+def test_log_says_what_each_state_rests_on(layout: Layout) -> None:
+    broken(layout)
+    append(layout, record.failure("layer.pcr-read", "PCR 4 cannot be read"))
+    startup, held, refused, failure = call("log", "g", layout=layout).stdout.splitlines()
+    assert "startup: 2 unmeasured" in startup
+    assert held.split() == [TIME, "PCR", "0", "sha384", "held", "certified", "by", "sha256:" + "ab" * 8]
+    assert "not certified, unknown: no certificate \\x1b[2J" in refused
+    assert "gave up" in failure
+    assert all(click.unstyle(line).isprintable() for line in (startup, held, refused, failure))
+
+
+def test_log_as_json_is_the_log_itself(layout: Layout) -> None:
+    broken(layout)
+    lines = call("log", "g", "--json", layout=layout).stdout.splitlines()
+    assert [json.loads(line) for line in lines] == [
+        json.loads(line) for line in layout.guest_log(UUID).read_text().splitlines()
+    ]
+
+
+def test_without_a_log_it_says_so(guest: libvirt.virDomain, tmp_path: Path) -> None:
+    for verb in ("status", "log"):
+        error = call(verb, "g", layout=Layout(tmp_path)).exception
+        assert isinstance(error, DomainError)
+        assert error.id == "domain.no-log"
+
+
+def test_the_log_of_a_remote_guest_is_on_its_host() -> None:
+    for verb in ("status", "log"):
+        result = CliRunner().invoke(command, [verb, "g", "--connect", "qemu+ssh://root@far.example.org/system"])
+        assert isinstance(result.exception, DomainError)
+        assert result.exception.id == "domain.remote"
+        assert "far.example.org" in result.exception.what
