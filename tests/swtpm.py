@@ -122,14 +122,7 @@ class Tpm:
         """Start the process and connect; the TPM still waits for ``init``."""
         self.control_path.unlink(missing_ok=True)
         self.process = self.spawn()
-        deadline = time.monotonic() + timeout
-        while not self.control_path.exists():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise TpmError(self._end_text())
-            time.sleep(0.001)
-        self.control = socket.socket(socket.AF_UNIX)
-        self.control.settimeout(30)
-        self.control.connect(str(self.control_path))
+        self.control = self._connect(time.monotonic() + timeout)
         self.data, theirs = socket.socketpair()
         self.data.settimeout(30)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [theirs.fileno()]))]
@@ -247,6 +240,18 @@ class Tpm:
             if blob:
                 self.set_state(kind, flags, blob)
         self.init(DELETE_VOLATILE)
+
+    def _connect(self, deadline: float) -> socket.socket:
+        """The socket's file is there a moment before somebody listens."""
+        assert self.process is not None
+        control = socket.socket(socket.AF_UNIX)
+        control.settimeout(30)
+        while control.connect_ex(str(self.control_path)) != 0:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                control.close()
+                raise TpmError(self._end_text())
+            time.sleep(0.001)
+        return control
 
     def _control(self, code: int, request: bytes, name: str) -> None:
         assert self.control is not None
