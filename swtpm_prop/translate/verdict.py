@@ -33,5 +33,13 @@ def covers(certified: Mapping[str, bytes], measured: Mapping[str, bytes]) -> boo
     Args:
         certified, measured: algorithm name to digest bytes; SHA-1 is ignored on both sides.
     """
-    common = [a.name for a in STRONG if a.name in certified and a.name in measured]
-    return bool(common) and all(certified[name] == measured[name] for name in common)
+    common = False
+    for name in _STRONG_NAMES:
+        if name in certified and name in measured:
+            if certified[name] != measured[name]:
+                return False
+            common = True
+    return common
+
+
+_STRONG_NAMES = tuple(algorithm.name for algorithm in STRONG)

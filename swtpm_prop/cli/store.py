@@ -1,0 +1,210 @@
+"""``swtpm-prop store``: build the certificate index and ask it."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from swtpm_prop.cli import output
+from swtpm_prop.errors import Error, TrustError, UsageError, WireError
+from swtpm_prop.layout import Layout
+from swtpm_prop.limits import CERTIFICATE_BYTES
+from swtpm_prop.tpm.algorithms import ALGORITHMS
+from swtpm_prop.trust import certificate, issuers, sources
+from swtpm_prop.trust.build import Summary, build
+from swtpm_prop.trust.certificate import Certificate, format_time, parse_time
+from swtpm_prop.trust.files import read_file
+from swtpm_prop.trust.index import Claim, Index
+from swtpm_prop.trust.issuers import Trust
+
+_FILE = click.Path(path_type=Path)
+_DIGEST = re.compile(r"(?:(sha1|sha256|sha384|sha512):)?([0-9a-f]+)")
+_BY_DIGITS = {2 * algorithm.size: algorithm.name for algorithm in ALGORITHMS}
+_index_option = click.option("--index", type=_FILE, default=Layout().index, show_default=True, help="The index.")
+
+
+@click.group()
+def command() -> None:
+    """Build and ask the certificate index."""
+
+
+@command.command("build")
+@click.argument("paths", nargs=-1, type=_FILE, metavar="[CERT|DIR]...")
+@click.option("--trust", "trust_file", type=_FILE, default=Layout().trust, show_default=True, help="Known issuers.")
+@click.option("--output", "to", type=_FILE, default=Layout().index, show_default=True, help="The index to replace.")
+@click.option("--expires", metavar="TIME", help="Last moment guests believe it; default: its last certificate's end.")
+@output.json_option
+def build_(paths: tuple[Path, ...], trust_file: Path, to: Path, expires: str | None, as_json: bool) -> None:
+    """Verify the certificates and replace the index: all of them, or nothing changes.
+
+    In a directory every file is taken. A certificate outside its validity window is no error: the index knows the
+    window and guests are refused with that reason.
+    """
+    trust = issuers.load(trust_file)
+    end = parse_time(expires) if expires else None
+    files = _files(paths)
+    notes: list[tuple[Path, TrustError]] = []
+    with output.progress(files, "verifying") as running:
+        summary = build(to, _verified(running, trust, notes), end, _report)
+    if as_json:
+        output.print_json({**_summary(summary), "notes": [{"file": str(f), "id": e.id} for f, e in notes]})
+        return
+    for file, error in notes:
+        click.secho(TrustError(error.id, f"{file}: {error.what}").line(), fg="yellow", err=True)
+    click.echo(
+        f"{summary.certificates} certificates, {summary.entries} entries, {summary.size} bytes;"
+        f" guests believe it until {format_time(summary.expires)}"
+    )
+
+
+@command.command()
+@click.argument("what", metavar="DIGEST|FILE")
+@click.option("--property", "properties", multiple=True, metavar="URI", help="Ask for this property; repeatable.")
+@_index_option
+@output.json_option
+def lookup(what: str, properties: tuple[str, ...], index: Path, as_json: bool) -> None:
+    """Say which certificates cover a digest or a file, or why none does; exit status 1 if none.
+
+    A file is tried as GRUB measures it (plain hash) and, if it is a PE image, as firmware does (Authenticode).
+    """
+    opened = Index.open(str(index))
+    answers = [_answer(opened, name, measured, properties) for name, measured in _measurements(what)]
+    if as_json:
+        output.print_json(answers)
+    else:
+        for answer in answers:
+            _print_answer(answer)
+    if not any(answer["certified"] for answer in answers):
+        raise click.exceptions.Exit(1)
+
+
+@command.command()
+@_index_option
+@output.json_option
+def stats(index: Path, as_json: bool) -> None:
+    """Say what the index holds."""
+    opened = Index.open(str(index))
+    summary = Summary(opened.certificates, opened.entries, opened.expires, index.stat().st_size)
+    claims = [{**_claim(claim), "entries": count} for claim, count in opened.claims()]
+    if as_json:
+        output.print_json({**_summary(summary), "list": claims})
+        return
+    for name, value in _summary(summary).items():
+        click.echo(f"{name:<13} {value}")
+    click.echo()
+    _print_claims(claims)
+
+
+# -- building -----------------------------------------------------------------------------------
+
+
+def _files(paths: Sequence[Path]) -> list[Path]:
+    """Directories become their files, sorted; names with a leading dot are editors' and our own temporary files."""
+    if not paths:
+        raise UsageError("usage.no-certificate", "no certificate or directory is named")
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            files += sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
+        else:
+            files.append(path)
+    return files
+
+
+def _verified(files: Iterator[Path], trust: Trust, notes: list[tuple[Path, TrustError]]) -> Iterator[Certificate]:
+    """Each certificate as it is verified; says of every one that is not why, and refuses them all at the end."""
+    refused = 0
+    for file in files:
+        try:
+            checked = certificate.verify(read_file(file, CERTIFICATE_BYTES), trust, None)
+        except TrustError as error:
+            refused += 1
+            click.secho(TrustError(error.id, f"{file}: {error.what}", error.mend).line(), fg="red", err=True)
+            continue
+        try:
+            certificate.check_window(checked, int(time.time()))
+        except TrustError as error:
+            notes.append((file, error))
+        yield checked
+    if refused:
+        raise TrustError(
+            "trust.refused",
+            f"{refused} of the certificates do not verify; the index stays as it was",
+            "remove or replace them",
+        )
+
+
+def _report(doing: str, _done: int) -> None:
+    """Sorting and checking a million digests takes seconds; the bar shows only the reading."""
+    if doing != "reading certificates" and sys.stderr.isatty():
+        click.echo(f"{doing} ...", err=True)
+
+
+# -- asking -------------------------------------------------------------------------------------
+
+
+def _measurements(what: str) -> list[tuple[str, Mapping[str, bytes]]]:
+    """What the argument may stand for: a digest, or a file under each way to measure it."""
+    parts = _DIGEST.fullmatch(what)
+    if parts and _BY_DIGITS.get(len(parts[2]), "") == (parts[1] or _BY_DIGITS.get(len(parts[2]))):
+        return [(what, {_BY_DIGITS[len(parts[2])]: bytes.fromhex(parts[2])})]
+    path = Path(what)
+    if not path.is_file():
+        raise UsageError("usage.digest", f"'{what}' is neither a digest in lower-case hex nor a file")
+    plain = [("plain hash", subject.digests) for subject in sources.from_file(path)]
+    try:
+        return plain + [("Authenticode", subject.digests) for subject in sources.from_pe(path)]
+    except WireError:
+        return plain
+
+
+def _answer(index: Index, name: str, measured: Mapping[str, bytes], properties: Sequence[str]) -> dict[str, Any]:
+    """One verdict; without properties, whether any certificate covers the measurement now, whatever it certifies."""
+    now = int(time.time())
+    matches = index.matches(measured)
+    covering = [claim for claim, covered in matches if covered]
+    asked = [tuple(properties)] if properties else [(uri,) for claim in covering for uri in claim.properties]
+    verdicts = [index.judge(uris, measured, now) for uris in asked or [("",)]]
+    verdict = next((found for found in verdicts if found.certified), verdicts[0])
+    return {
+        "measured": name,
+        "digests": {algorithm: digest.hex() for algorithm, digest in measured.items()},
+        "certified": verdict.certified,
+        "reason": verdict.reason,
+        "detail": verdict.detail,
+        "certificates": [_claim(claim) for claim in covering],
+    }
+
+
+def _claim(claim: Claim) -> dict[str, Any]:
+    return {
+        "id": claim.id,
+        "issuer": claim.issuer,
+        "notBefore": format_time(claim.not_before),
+        "notAfter": format_time(claim.not_after),
+        "properties": list(claim.properties),
+    }
+
+
+def _summary(summary: Summary) -> dict[str, Any]:
+    return {**summary._asdict(), "expires": format_time(summary.expires)}
+
+
+def _print_answer(answer: Mapping[str, Any]) -> None:
+    if answer["certified"]:
+        click.secho(f"{answer['measured']}: certified", fg="green")
+    else:
+        click.echo(Error(answer["reason"], f"{answer['measured']}: not certified, {answer['detail']}").line())
+    if answer["certificates"]:
+        _print_claims(answer["certificates"])
+
+
+def _print_claims(claims: Sequence[Mapping[str, Any]]) -> None:
+    rows = [(c["id"], c["issuer"], c["notAfter"], " ".join(c["properties"])) for c in claims]
+    output.table(("Certificate", "Issuer", "Valid until", "Properties"), rows)

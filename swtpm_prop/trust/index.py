@@ -1,0 +1,365 @@
+"""The certificate index as a guest's TPM reads it: digests in, verdict out. Loaded inside swtpm, so it stays lean.
+
+An SQLite file that is never changed, only replaced. Table ``entry`` has a row for each thing certified: the number of
+the row begins with its strongest-known digest's first 47 bits, so that finding it is one descent of one tree. The
+digests themselves are compared in full. Table ``alias`` leads from the first bits of its other digests to that row.
+A row names its certificate by 63 bits of the certificate's own id, and each row of ``certificate`` carries a checksum:
+no flipped bit on the disk can move a digest to another certificate or change what one says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from swtpm_prop.errors import StoreError
+from swtpm_prop.limits import CANDIDATES, CLAIMS_KEPT
+from swtpm_prop.tpm.algorithms import STRONG
+from swtpm_prop.translate.verdict import Verdict, covers
+
+APPLICATION_ID = 0x73775049
+"""In the SQLite header (offset 68, big-endian): "swPI"."""
+
+FORMAT = 1
+"""In the SQLite header as user_version (offset 60, big-endian)."""
+
+SLOT_ROWS = 1 << 16
+"""Row numbers that belong to one digest: its slot is the first of them."""
+
+_HEADER_BYTES = 100
+_MEND = "build it again with 'swtpm-prop store build'"
+_CACHE_KIB = 128
+
+
+class Claim(NamedTuple):
+    """One certificate of the index. Times are seconds since the epoch, both ends included."""
+
+    id: str
+    issuer: str
+    not_before: int
+    not_after: int
+    properties: tuple[str, ...]
+
+
+def slot(digest: bytes) -> int:
+    """The first of ``SLOT_ROWS`` row numbers for a digest: its first 47 bits, then 16 zero bits; below 2^63."""
+    return (int.from_bytes(digest[:6], "big") >> 1) * SLOT_ROWS
+
+
+def number(certificate: str) -> int:
+    """The row number of a certificate: the first 63 bits of its id's SHA-256."""
+    return int(certificate.removeprefix("sha256:")[:16], 16) >> 1
+
+
+def checksum(*fields: object) -> bytes:
+    """SHA-256 over a row; against decay of the disk, not against who can write the file."""
+    return hashlib.sha256(repr(fields).encode()).digest()
+
+
+def _layouts() -> dict[int, tuple[tuple[str, int, int], ...]]:
+    """Length of a row's digests to (algorithm, begin, end) of each: every choice of algorithms has its own length."""
+    layouts = {}
+    for choice in range(1, 1 << len(STRONG)):
+        parts, end = [], 0
+        for bit, algorithm in enumerate(STRONG):
+            if choice >> bit & 1:
+                parts.append((algorithm.name, end, end + algorithm.size))
+                end += algorithm.size
+        layouts[end] = tuple(parts)
+    return layouts
+
+
+LAYOUTS = _layouts()
+
+
+def pack(digests: Mapping[str, bytes]) -> bytes:
+    """SHA-256, SHA-384 and SHA-512, as many as there are, joined in this order."""
+    return b"".join(digests[algorithm.name] for algorithm in STRONG if algorithm.name in digests)
+
+
+def unpack(packed: bytes) -> dict[str, bytes]:
+    """The digests of a row by algorithm name."""
+    try:
+        return {name: packed[begin:end] for name, begin, end in LAYOUTS[len(packed)]}
+    except (KeyError, TypeError):
+        raise _damaged("a row has no digests") from None
+
+
+class Index:
+    """A certificate index that is open for reading."""
+
+    def __init__(self, path: str) -> None:
+        """Nothing is opened yet; use `open`."""
+        self._path = path
+        self._identity: tuple[int, ...] | None = None
+        self._db: sqlite3.Connection | None = None
+        self._failure = "the index is closed"
+        self._claims: dict[int, Claim] = {}
+        self.expires = self.entries = self.certificates = 0
+
+    @classmethod
+    def open(cls, path: str) -> Index:
+        """Open the index and see that it is whole; takes a millisecond or two whatever its size.
+
+        Raises:
+            StoreError: ``store.index-missing``, ``store.index-unreadable``, ``store.index-format`` (something else, or
+                of another version), ``store.index-corrupt``.
+        """
+        index = cls(path)
+        index._load()
+        return index
+
+    def close(self) -> None:
+        """Let go of the file; every later judgement is ``no-index``."""
+        if self._db is not None:
+            self._db.close()
+        self._db, self._identity, self._failure = None, None, "the index is closed"
+        self._claims.clear()
+
+    def refresh(self) -> None:
+        """Follow a replaced file; if the new one is not usable, judgements are ``no-index`` until one is."""
+        identity = _identity(self._path)
+        if identity == self._identity:
+            return
+        self.close()
+        try:
+            self._load()
+        except StoreError as error:
+            self.close()
+            self._failure = error.what
+        self._identity = identity
+
+    def judge(self, properties: Sequence[str], measured: Mapping[str, bytes], now: int) -> Verdict:
+        """Whether each property is certified for what was measured by some certificate that is valid now.
+
+        Never raises for anything that is wrong with the index: that is the verdict ``no-index``.
+
+        Args:
+            properties: all of them are needed; none at all is never certified.
+            measured: algorithm name to digest as supplied; SHA-1 is ignored.
+            now: seconds since the epoch, UTC.
+        """
+        try:
+            return self._judge(properties, measured, now)
+        except StoreError as error:
+            return Verdict(False, (), "no-index", error.what)
+        except sqlite3.Error as error:
+            return Verdict(False, (), "no-index", f"the index cannot be read: {error}")
+
+    def matches(self, measured: Mapping[str, bytes]) -> list[tuple[Claim, bool]]:
+        """Every certificate that names one of the digests, and whether it covers them all; for people.
+
+        Raises:
+            StoreError: ``store.index-corrupt``.
+        """
+        found: dict[int, bool] = {}
+        try:
+            for rows in _searches(self._connection(), measured):
+                for packed, at in rows:
+                    found[at] = found.get(at, False) or covers(unpack(packed), measured)
+            return sorted((self._claim(at), covered) for at, covered in found.items())
+        except sqlite3.Error as error:
+            raise _damaged(str(error)) from error
+
+    def claims(self) -> Iterator[tuple[Claim, int]]:
+        """Every certificate and how many entries it has, by id.
+
+        Raises:
+            StoreError: ``store.index-corrupt``.
+        """
+        try:
+            counted = self._connection().execute("SELECT certificate, count(*) FROM entry GROUP BY 1 ORDER BY 1")
+            for at, count in counted:
+                yield self._claim(at), count
+        except sqlite3.Error as error:
+            raise _damaged(str(error)) from error
+
+    # -- judging --------------------------------------------------------------------------------
+
+    def _judge(self, properties: Sequence[str], measured: Mapping[str, bytes], now: int) -> Verdict:
+        db = self._connection()
+        if now > self.expires:
+            return Verdict(False, (), "stale-index", f"the index expired at {_time(self.expires)}")
+        covering: dict[int, Claim] = {}
+        other = 0
+        for rows in _searches(db, measured):
+            for packed, at in rows:
+                if covers(unpack(packed), measured):
+                    covering[at] = self._claims.get(at) or self._claim(at)
+                else:
+                    other = at
+            if covering:
+                chosen = _choose(properties, covering.values(), now)
+                if chosen:
+                    return Verdict(True, chosen)
+        if covering:
+            return _refusal(properties, tuple(covering.values()), now)
+        if other:
+            why = f"certificate {self._claim(other).id} has one of the digests, but not all"
+            return Verdict(False, (), "mismatch", why)
+        if any(algorithm.name in measured for algorithm in STRONG):
+            return Verdict(False, (), "unknown", "no certificate has these digests")
+        return Verdict(False, (), "weak", "nothing stronger than SHA-1 was supplied")
+
+    def _claim(self, at: int) -> Claim:
+        if at not in self._claims:
+            if len(self._claims) >= CLAIMS_KEPT:
+                self._claims.clear()
+            self._claims[at] = self._read_claim(at)
+        return self._claims[at]
+
+    def _read_claim(self, at: int) -> Claim:
+        row = self._connection().execute(_BY_NUMBER, (at,)).fetchone()
+        if row is None or row[-1] != checksum(at, *row[:-1]):
+            raise _damaged("a certificate is missing or changed")
+        id, issuer, not_before, not_after, properties, _ = row
+        return Claim(id, issuer, not_before, not_after, tuple(properties.split("\n")))
+
+    def _connection(self) -> sqlite3.Connection:
+        if self._db is None:
+            raise StoreError("store.index-closed", self._failure, _MEND)
+        return self._db
+
+    # -- opening --------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        self._identity = _check_header(self._path)
+        # "immutable": no locks and no journal, because the file is replaced and never written.
+        name = self._path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+        try:
+            self._db = sqlite3.connect(
+                f"file:{name}?mode=ro&immutable=1",
+                uri=True,
+                isolation_level=None,
+                check_same_thread=False,  # swtpm serialises commands, but may run them on a thread of its own
+                cached_statements=8,
+            )
+            # No mmap: it would save a microsecond of seven, but a page that cannot be read kills swtpm with SIGBUS
+            # instead of becoming an error, and every page touched counts as this guest's private memory.
+            self._db.execute("PRAGMA mmap_size=0")
+            self._db.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
+            self._db.execute("PRAGMA trusted_schema=OFF")
+            self._check_contents(self._db)
+        except (sqlite3.Error, StoreError) as error:
+            self.close()
+            raise error if isinstance(error, StoreError) else _damaged(str(error)) from error
+
+    def _check_contents(self, db: sqlite3.Connection) -> None:
+        """The one row of ``meta``, and both ends of the tree, which a file cut and padded would not have."""
+        meta = db.execute("SELECT expires, entries, certificates, checksum FROM meta").fetchall()
+        if len(meta) != 1 or meta[0][-1] != checksum(*meta[0][:-1]):
+            raise _damaged("it does not say what it holds")
+        self.expires, self.entries, self.certificates, _ = meta[0]
+        for query in (_FIRST, _LAST):
+            row = db.execute(query).fetchone()
+            if (row is None) != (self.entries == 0):
+                raise _damaged("it has not as many entries as it says")
+            if row is not None:
+                unpack(row[0])
+                self._claim(row[1])
+
+
+_BY_ENTRY = "SELECT digests, certificate FROM entry WHERE id BETWEEN ? AND ?"
+_BY_ALIAS = """
+    SELECT entry.digests, entry.certificate FROM alias JOIN entry ON entry.id = alias.entry
+    WHERE alias.id BETWEEN ? AND ?
+"""
+_BY_NUMBER = "SELECT id, issuer, not_before, not_after, properties, checksum FROM certificate WHERE number = ?"
+_FIRST = "SELECT digests, certificate FROM entry ORDER BY id LIMIT 1"
+_LAST = "SELECT digests, certificate FROM entry ORDER BY id DESC LIMIT 1"
+
+
+def _searches(db: sqlite3.Connection, measured: Mapping[str, bytes]) -> Iterator[sqlite3.Cursor]:
+    """Rows (digests, certificate number), first where most are found: by the digest that numbers the row."""
+    for query in (_BY_ENTRY, _BY_ALIAS):
+        for algorithm in STRONG:
+            digest = measured.get(algorithm.name)
+            if digest is not None:
+                first = slot(digest)
+                yield db.execute(query, (first, first + CANDIDATES - 1))
+
+
+def _choose(properties: Sequence[str], claims: Iterable[Claim], now: int) -> tuple[str, ...]:
+    """For each property the certificate that lasts longest; empty if a property has none that is valid."""
+    chosen = set()
+    for uri in properties:
+        able = [(c.not_after, c.id) for c in claims if uri in c.properties and c.not_before <= now <= c.not_after]
+        if not able:
+            return ()
+        chosen.add(max(able)[1])
+    return tuple(sorted(chosen))
+
+
+def _refusal(properties: Sequence[str], claims: Sequence[Claim], now: int) -> Verdict:
+    """Why certificates that cover the measurement are not enough: the first property that is not certified."""
+    for uri in properties:
+        able = [claim for claim in claims if uri in claim.properties]
+        if any(claim.not_before <= now <= claim.not_after for claim in able):
+            continue
+        if not able:
+            return Verdict(False, (), "property", f"certificate {claims[0].id} does not certify {uri}")
+        last = max(able, key=lambda claim: claim.not_after)
+        if last.not_after < now:
+            why = f"certificate {last.id} for {uri} expired at {_time(last.not_after)}"
+            return Verdict(False, (), "expired", why)
+        why = f"certificate {last.id} for {uri} is valid from {_time(last.not_before)} on"
+        return Verdict(False, (), "not-yet-valid", why)
+    return Verdict(False, (), "property", "the bank demands no property")
+
+
+def _check_header(path: str) -> tuple[int, ...]:
+    """The identity of a file whose SQLite header (SQLite file format, section 1.3) is one of ours."""
+    header, status = _read_header(path)
+    if len(header) < _HEADER_BYTES:
+        raise _damaged("it is cut off")
+    if header[:16] != b"SQLite format 3\0" or int.from_bytes(header[68:72], "big") != APPLICATION_ID:
+        raise StoreError("store.index-format", f"'{path}' is no certificate index", _MEND)
+    version = int.from_bytes(header[60:64], "big")
+    if version != FORMAT:
+        raise StoreError("store.index-format", f"the index has format {version}, this program reads {FORMAT}", _MEND)
+    page = int.from_bytes(header[16:18], "big")
+    pages = int.from_bytes(header[28:32], "big")
+    if status.st_size != pages * page or not pages:
+        raise _damaged(f"it has {status.st_size} bytes, not {pages * page}")
+    return _identify(status)
+
+
+def _read_header(path: str) -> tuple[bytes, os.stat_result]:
+    try:
+        # Not blocking: a FIFO in its place must not hold up a guest's start.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise StoreError("store.index-unreadable", f"'{path}' is no regular file", _MEND)
+            return os.read(descriptor, _HEADER_BYTES), status
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        raise StoreError("store.index-missing", f"there is no certificate index '{path}'", _MEND) from None
+    except (OSError, ValueError) as error:
+        raise StoreError("store.index-unreadable", f"the certificate index cannot be read: {error}", _MEND) from None
+
+
+def _identity(path: str) -> tuple[int, ...] | None:
+    try:
+        return _identify(os.stat(path))  # noqa: PTH116 - pathlib is too large for swtpm
+    except OSError:
+        return None
+
+
+def _identify(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _time(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def _damaged(why: str) -> StoreError:
+    return StoreError("store.index-corrupt", f"the certificate index is damaged: {why}", _MEND)

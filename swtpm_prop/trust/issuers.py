@@ -1,0 +1,139 @@
+"""Whom this host believes: the trust file names issuers, their keys, and the properties each may speak for."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from swtpm_prop.errors import TrustError
+from swtpm_prop.limits import ISSUER_KEYS, KEY_BYTES, TRUST_BYTES
+from swtpm_prop.trust import keys
+from swtpm_prop.trust.files import read_file
+from swtpm_prop.trust.keys import PublicKey
+from swtpm_prop.trust.uri import check_property
+
+
+class Issuer(NamedTuple):
+    """One issuer.
+
+    Attributes:
+        id: what its certificates say in ``verifier.id``, a URI in normal form.
+        keys: its public keys, all distinct.
+        prefixes: the URIs below which it may certify properties.
+        threshold: how many of its keys must sign a certificate, 1 to ``len(keys)``.
+    """
+
+    id: str
+    keys: tuple[PublicKey, ...]
+    prefixes: tuple[str, ...]
+    threshold: int
+
+    def may_certify(self, uri: str) -> bool:
+        """Whether the URI is one of the prefixes or below one, byte for byte, ending at a path segment."""
+        return any(uri == prefix or uri.startswith(prefix.removesuffix("/") + "/") for prefix in self.prefixes)
+
+
+Trust = Mapping[str, Issuer]
+"""Issuer id to issuer."""
+
+
+def load(path: Path) -> Trust:
+    """Read a trust file; keys that are no PEM text are files relative to it.
+
+    Raises:
+        TrustError: what `read_file` raises, and what ``parse`` raises.
+    """
+    return parse(read_file(path, TRUST_BYTES), path.parent)
+
+
+def parse(data: bytes, directory: Path) -> Trust:
+    """The issuers in a TOML document.
+
+    Raises:
+        TrustError: ``trust.file`` (with what is wrong where), ``trust.key`` (a key that is none or of another kind).
+    """
+    document = _toml(data)
+    _only(document, {"issuer"}, "the trust file")
+    tables = document.get("issuer", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise _refused("'issuer' is no table", "write [[issuer]] above each issuer")
+    trust: dict[str, Issuer] = {}
+    for table in tables:
+        issuer = _issuer(table, directory)
+        if issuer.id in trust:
+            raise _refused(f"issuer '{issuer.id}' is there twice")
+        trust[issuer.id] = issuer
+    return trust
+
+
+def _issuer(table: dict[str, Any], directory: Path) -> Issuer:
+    name = table.get("id")
+    if not isinstance(name, str):
+        raise _refused("an issuer has no id")
+    where = f"issuer '{name}'"
+    _check_uri(name, where)
+    _only(table, {"id", "keys", "prefixes", "threshold"}, where)
+    public = _keys(_strings(table, "keys", where), directory, where)
+    prefixes = _strings(table, "prefixes", where)
+    for prefix in prefixes:
+        _check_uri(prefix, where)
+    threshold = table.get("threshold", 1)
+    if type(threshold) is not int or not 1 <= threshold <= len(public):
+        raise _refused(f"{where} has a threshold that is no number from 1 to its {len(public)} keys")
+    return Issuer(name, public, prefixes, threshold)
+
+
+def _keys(entries: tuple[str, ...], directory: Path, where: str) -> tuple[PublicKey, ...]:
+    if len(entries) > ISSUER_KEYS:
+        raise _refused(f"{where} has {len(entries)} keys, allowed are {ISSUER_KEYS}")
+    public = tuple(_key(entry, directory, where) for entry in entries)
+    # A key given twice would count twice towards the threshold.
+    if len({keys.keyid(key) for key in public}) != len(public):
+        raise _refused(f"{where} has the same key twice")
+    return public
+
+
+def _key(entry: str, directory: Path, where: str) -> PublicKey:
+    inline = entry.lstrip().startswith("-----BEGIN ")
+    pem = entry.encode() if inline else read_file(directory / entry, KEY_BYTES)
+    try:
+        return keys.load_public(pem)
+    except TrustError as error:
+        shown = "a key" if inline else f"the key '{entry}'"
+        raise TrustError(error.id, f"{shown} of {where} is not usable: {error.what}", error.mend) from error
+
+
+def _toml(data: bytes) -> dict[str, Any]:
+    if len(data) > TRUST_BYTES:
+        raise _refused(f"it has more than {TRUST_BYTES} bytes")
+    try:
+        return tomllib.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _refused(f"it is no TOML: {error}") from None
+
+
+def _strings(table: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
+    values = table.get(name)
+    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
+        raise _refused(f"{where} needs '{name}', a list of one or more strings")
+    return tuple(values)
+
+
+def _only(table: dict[str, Any], known: set[str], where: str) -> None:
+    """A misspelt key must not silently widen trust."""
+    unknown = sorted(table.keys() - known)
+    if unknown:
+        raise _refused(f"{where} has an unknown key '{unknown[0]}'", f"known are {', '.join(sorted(known))}")
+
+
+def _check_uri(uri: str, where: str) -> None:
+    try:
+        check_property(uri)
+    except TrustError as error:
+        raise _refused(f"{where}: {error.what}", error.mend) from error
+
+
+def _refused(why: str, mend: str = "") -> TrustError:
+    return TrustError("trust.file", f"the trust file is not usable: {why}", mend)
