@@ -10,7 +10,7 @@ import click
 from swtpm_prop.cli import output
 from swtpm_prop.cli.install import root_option
 from swtpm_prop.doctor.checks import examine
-from swtpm_prop.doctor.finding import Finding, State, Subject
+from swtpm_prop.doctor.finding import Finding, State, Patient
 from swtpm_prop.errors import printable
 from swtpm_prop.layout import Layout
 
@@ -25,7 +25,7 @@ def command(root: Path, as_json: bool) -> None:
 
     With --root, only files are looked at: no process, and no program of that host is run.
     """
-    findings = examine(Subject(Layout(root), live=root == Path("/")))
+    findings = examine(Patient(Layout(root), live=root == Path("/")))
     if as_json:
         output.print_json([finding._asdict() for finding in findings])
     else:

@@ -10,22 +10,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from swtpm_prop.account import Account, swtpm_account
-from swtpm_prop.doctor.finding import Finding, Subject, ok, problem, warning
+from swtpm_prop.doctor.finding import Finding, Patient, ok, problem, warning
 from swtpm_prop.doctor.swtpm import needed
 
 Blocked = tuple[str, str]
 """A path that stands in the way, and why."""
 
 
-def readable(subject: Subject) -> Iterator[Finding]:
+def readable(patient: Patient) -> Iterator[Finding]:
     """Everything from the interpreter to the index, with every directory above it."""
-    if subject.installed is None:
+    if patient.installed is None:
         return
-    account = swtpm_account(subject.layout)
+    account = swtpm_account(patient.layout)
     if os.geteuid() != 0:
         yield warning("access.not-checked", f"only root can try what {_name(account)} can read", "run this as root")
         return
-    blocked = try_as(account, subject.layout.root, files(subject))
+    blocked = try_as(account, patient.layout.root, files(patient))
     for path, reason in blocked:
         mend = f"let {_name(account)} in, for example: chmod a+rX {path}"
         yield problem("access.unreadable", f"{_name(account)} cannot read {path}: {reason}", mend)
@@ -37,15 +37,15 @@ def _name(account: Account) -> str:
     return f"swtpm's user {pwd.getpwuid(account.uid).pw_name}"
 
 
-def files(subject: Subject) -> list[Path]:
+def files(patient: Patient) -> list[Path]:
     """All that the layer loads, as the host names it; a directory here need only be passed through."""
-    assert subject.installed is not None  # noqa: S101  (the caller looked)
-    layout, listed = subject.layout, subject.installed
-    package = subject.at(listed.package)
+    assert patient.installed is not None  # noqa: S101  (the caller looked)
+    layout, listed = patient.layout, patient.installed
+    package = patient.at(listed.package)
     inside = [layout.libexec / "swtpm", layout.guests, layout.run, *package.rglob("*.py")]
     if layout.index.exists():
         inside.append(layout.index)
-    libraries = [library.path for library in needed(subject.at(listed.preload)) if library.path]
+    libraries = [library.path for library in needed(patient.at(listed.preload)) if library.path]
     outside = [Path(listed.python), Path(listed.preload), *libraries]
     return [*outside, *(Path("/") / path.relative_to(layout.root) for path in inside)]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from swtpm_prop.doctor import access, confinement, daemon, guests, index, installation, swtpm
-from swtpm_prop.doctor.finding import Finding, Subject, problem
+from swtpm_prop.doctor import access, confinement, daemon, guests, index, installation, rehearsal, swtpm
+from swtpm_prop.doctor.finding import Finding, Patient, problem
 from swtpm_prop.errors import Error
 
-CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
+CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
     installation.installed,
     installation.programs,
     installation.interpreter,
@@ -16,6 +16,7 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     swtpm.preload,
     swtpm.local_ca,
     access.readable,
+    rehearsal.rehearsal,
     index.index,
     daemon.daemons,
     confinement.apparmor,
@@ -24,14 +25,14 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
 )
 
 
-def examine(subject: Subject) -> list[Finding]:
+def examine(patient: Patient) -> list[Finding]:
     """Run every check; one that cannot be finished is a finding itself and keeps no other from running."""
-    return list(dict.fromkeys(finding for check in CHECKS for finding in _run(check, subject)))
+    return list(dict.fromkeys(finding for check in CHECKS for finding in _run(check, patient)))
 
 
-def _run(check: Callable[[Subject], Iterator[Finding]], subject: Subject) -> Iterator[Finding]:
+def _run(check: Callable[[Patient], Iterator[Finding]], patient: Patient) -> Iterator[Finding]:
     try:
-        yield from check(subject)
+        yield from check(patient)
     except Error as error:
         yield problem(error.id, error.what, error.mend)
     except OSError as error:

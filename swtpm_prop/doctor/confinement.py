@@ -6,18 +6,18 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from swtpm_prop.doctor.finding import Finding, Subject, ok, problem, warning
+from swtpm_prop.doctor.finding import Finding, Patient, ok, problem, warning
 from swtpm_prop.install.plan import APPARMOR
 from swtpm_prop.install.tree import at, block
 
 SELINUX_LABEL = "swtpm_exec_t"
 
 
-def apparmor(subject: Subject) -> Iterator[Finding]:
+def apparmor(patient: Patient) -> Iterator[Finding]:
     """Where AppArmor has libvirt's profiles, they must have our lines; loaded profiles are read again by name."""
-    if subject.installed is None:
+    if patient.installed is None:
         return
-    profiles = at(subject.layout.root, APPARMOR)
+    profiles = at(patient.layout.root, APPARMOR)
     if not (profiles / "abstractions/libvirt-qemu").exists():
         return
     added = (profiles / "abstractions/libvirt-qemu.d/swtpm-prop").exists() or block(
@@ -28,23 +28,23 @@ def apparmor(subject: Subject) -> Iterator[Finding]:
         return
     what = "AppArmor's profile for guests does not let swtpm load the layer"
     mend = "run swtpm-prop install"
-    yield (problem if subject.live and _loaded(subject) else warning)("apparmor.missing", what, mend)
+    yield (problem if patient.live and _loaded(patient) else warning)("apparmor.missing", what, mend)
 
 
-def _loaded(subject: Subject) -> bool:
+def _loaded(patient: Patient) -> bool:
     """The kernel has a profile of a daemon or of a guest (securityfs, readable by root)."""
     try:
-        names = subject.at("/sys/kernel/security/apparmor/profiles").read_text(encoding="utf-8")
+        names = patient.at("/sys/kernel/security/apparmor/profiles").read_text(encoding="utf-8")
     except OSError:
         return False
     return any("libvirt" in line or "virtqemud" in line for line in names.splitlines())
 
 
-def selinux(subject: Subject) -> Iterator[Finding]:
+def selinux(patient: Patient) -> Iterator[Finding]:
     """Enforcing SELinux needs the label of swtpm on its start script: a domain change there would drop the preload."""
-    if subject.installed is None or not _enforcing(subject):
+    if patient.installed is None or not _enforcing(patient):
         return
-    path = subject.layout.libexec / "swtpm"
+    path = patient.layout.libexec / "swtpm"
     label = _label(path)
     if SELINUX_LABEL in label:
         yield ok("selinux.label", f"{path} has the label {SELINUX_LABEL}")
@@ -53,9 +53,9 @@ def selinux(subject: Subject) -> Iterator[Finding]:
     yield problem("selinux.label", f"{path} has the label {label or '(none)'} instead of {SELINUX_LABEL}", mend)
 
 
-def _enforcing(subject: Subject) -> bool:
+def _enforcing(patient: Patient) -> bool:
     try:
-        return subject.at("/sys/fs/selinux/enforce").read_text(encoding="ascii").strip() == "1"
+        return patient.at("/sys/fs/selinux/enforce").read_text(encoding="ascii").strip() == "1"
     except OSError:
         return False
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from swtpm_prop.doctor.finding import Finding, Subject, ok, problem, warning
+from swtpm_prop.doctor.finding import Finding, Patient, ok, problem, warning
 from swtpm_prop.install.plan import DAEMONS
 
 
@@ -20,27 +21,27 @@ class Daemon(NamedTuple):
     started: float
 
 
-def daemons(subject: Subject) -> Iterator[Finding]:
+def daemons(patient: Patient) -> Iterator[Finding]:
     """Every libvirtd and virtqemud that runs here must search our directory first."""
-    if not subject.live or subject.installed is None:
+    if not patient.live or patient.installed is None:
         return
     found = list(running())
     if not found:
         yield ok("daemon.not-running", f"no daemon runs ({', '.join(DAEMONS)}); it will find us when it starts")
     for daemon in found:
-        yield _judge(subject, daemon)
+        yield _judge(patient, daemon)
 
 
-def _judge(subject: Subject, daemon: Daemon) -> Finding:
+def _judge(patient: Patient, daemon: Daemon) -> Finding:
     who = f"{daemon.name} (process {daemon.pid})"
     restart = f"systemctl daemon-reload && systemctl restart {daemon.name}"
-    libexec = str(subject.layout.libexec)
+    libexec = str(patient.layout.libexec)
     if libexec not in daemon.path.split(":"):
         return problem("daemon.path", f"{who} does not look for swtpm in {libexec}", restart)
     if daemon.path.split(":")[0] != libexec:
         mend = f"find the unit setting or environment file that sets PATH, then {restart}"
         return problem("daemon.path-order", f"{who} looks for swtpm elsewhere before {libexec}", mend)
-    if subject.installed and daemon.started < subject.installed.since:
+    if patient.installed and daemon.started < patient.installed.since:
         return warning("daemon.started-before", f"{who} started before the hook was put in place", restart)
     return ok("daemon.path", f"{who} looks for swtpm in {libexec} first")
 
@@ -66,5 +67,5 @@ def _environ(process: Path) -> dict[str, str]:
 def _started(process: Path) -> float:
     """Field 22 of /proc/PID/stat counts ticks since boot; the name before it may hold spaces and brackets."""
     ticks = int((process / "stat").read_text().rpartition(")")[2].split()[19])
-    boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
-    return int(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age

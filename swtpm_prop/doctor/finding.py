@@ -47,7 +47,7 @@ def problem(id: str, what: str, mend: str) -> Finding:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Patient:
     """The host under examination.
 
     Args:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
-from swtpm_prop.doctor.finding import Finding, Subject, ok, problem, warning
+from swtpm_prop.doctor.finding import Finding, Patient, ok, problem, warning
 from swtpm_prop.trust.index import Index
 
 SOON = 7 * 86400
@@ -15,13 +15,13 @@ SOON = 7 * 86400
 MEND = "run swtpm-prop store build with certificates that are still valid"
 
 
-def index(subject: Subject) -> Iterator[Finding]:
+def index(patient: Patient) -> Iterator[Finding]:
     """Without a usable index no guest with property banks starts; with an expired one nothing is certified.
 
     Raises:
         StoreError: it is missing or damaged; the error's own words are the finding.
     """
-    path = subject.layout.index
+    path = patient.layout.index
     opened = Index.open(str(path))
     try:
         yield _judge(opened.expires, f"the index {path}")

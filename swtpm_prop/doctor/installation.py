@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from swtpm_prop import __version__
-from swtpm_prop.doctor.finding import Finding, Subject, ok, problem, warning
+from swtpm_prop.doctor.finding import Finding, Patient, ok, problem, warning
 from swtpm_prop.install import tree
 from swtpm_prop.install.manifest import Manifest
 from swtpm_prop.limits import DOCTOR_SECONDS
@@ -16,9 +16,9 @@ from swtpm_prop.limits import DOCTOR_SECONDS
 INSTALL = "run swtpm-prop install"
 
 
-def installed(subject: Subject) -> Iterator[Finding]:
+def installed(patient: Patient) -> Iterator[Finding]:
     """Compare the host with what the last installation recorded."""
-    listed = subject.installed
+    listed = patient.installed
     if listed is None:
         yield problem("install.absent", "swtpm-prop is not put into libvirt", INSTALL)
         return
@@ -26,15 +26,15 @@ def installed(subject: Subject) -> Iterator[Finding]:
         yield problem("install.interrupted", "the last installation did not come to its end", INSTALL)
     if listed.release != __version__:
         yield warning("install.other-release", f"release {listed.release} is put in, this is {__version__}", INSTALL)
-    differences = list(_differences(subject, listed))
+    differences = list(_differences(patient, listed))
     yield from differences
     if listed.complete and not differences:
         yield ok("install.whole", f"release {listed.release} is put in, all {len(listed.files)} files are as they were")
 
 
-def _differences(subject: Subject, listed: Manifest) -> Iterator[Finding]:
+def _differences(patient: Patient, listed: Manifest) -> Iterator[Finding]:
     for path, hashes in (*listed.files.items(), *listed.blocks.items()):
-        place = subject.at(path)
+        place = patient.at(path)
         content = tree.block(place) if path in listed.blocks else tree.read(place)
         if content is None:
             yield problem("install.file-missing", f"{path} is gone or lacks our lines", INSTALL)
@@ -43,9 +43,9 @@ def _differences(subject: Subject, listed: Manifest) -> Iterator[Finding]:
             yield problem("install.file-changed", f"{path} was changed since it was put in", mend)
 
 
-def programs(subject: Subject) -> Iterator[Finding]:
+def programs(patient: Patient) -> Iterator[Finding]:
     """libvirt skips a hook without run bit without a word, and root must be the only one to write what root runs."""
-    layout = subject.layout
+    layout = patient.layout
     wrong = False
     for path in (layout.hook, layout.libexec / "swtpm", layout.libexec / "swtpm_setup"):
         if not path.exists():
@@ -64,17 +64,17 @@ def programs(subject: Subject) -> Iterator[Finding]:
         yield ok("hook.executable", "the hook and the start scripts belong to root and can be run")
 
 
-def interpreter(subject: Subject) -> Iterator[Finding]:
+def interpreter(patient: Patient) -> Iterator[Finding]:
     """The hook's Python exists and has the package."""
-    if subject.installed is None:
+    if patient.installed is None:
         return
-    python = Path(subject.installed.python)
-    if not subject.at(python).exists():
+    python = Path(patient.installed.python)
+    if not patient.at(python).exists():
         mend = f"install the package there again, or {INSTALL} from where it is now"
         yield problem("hook.interpreter-missing", f"the hook's interpreter {python} does not exist", mend)
         return
-    if subject.live:
-        yield _imports(python)
+    if patient.live:
+        yield _imports(patient.at(python))
 
 
 def _imports(python: Path) -> Finding:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from swtpm_prop.account import swtpm_account
-from swtpm_prop.doctor.finding import Finding, Subject, ok, problem
+from swtpm_prop.doctor.finding import Finding, Patient, ok, problem
 from swtpm_prop.limits import DOCTOR_SECONDS
 
 OLDEST = (0, 7)
@@ -23,15 +23,15 @@ class Library(NamedTuple):
     path: Path | None
 
 
-def programs(subject: Subject) -> Iterator[Finding]:
+def programs(patient: Patient) -> Iterator[Finding]:
     """The real swtpm and swtpm_setup are where the start scripts look for them."""
     for name, package in (("swtpm", "swtpm"), ("swtpm_setup", "swtpm-tools")):
-        if subject.program(name) is None:
+        if patient.program(name) is None:
             yield problem(f"swtpm.{name.replace('_', '-')}-missing", f"{name} is not installed", f"install {package}")
-    path = subject.program("swtpm")
-    if path is not None and subject.live:
-        yield _version(subject.at(path))
-        yield _linked(subject.at(path))
+    path = patient.program("swtpm")
+    if path is not None and patient.live:
+        yield _version(patient.at(path))
+        yield _linked(patient.at(path))
 
 
 def _version(path: Path) -> Finding:
@@ -69,11 +69,11 @@ def _run(command: list[str]) -> str:
     return ran.stdout
 
 
-def preload(subject: Subject) -> Iterator[Finding]:
+def preload(patient: Patient) -> Iterator[Finding]:
     """The preloaded object exists and finds the libpython it was built for."""
-    if subject.installed is None:
+    if patient.installed is None:
         return
-    path = subject.at(subject.installed.preload)
+    path = patient.at(patient.installed.preload)
     if not path.exists():
         yield problem("preload.missing", f"{path} does not exist", "install the package again")
         return
@@ -85,12 +85,12 @@ def preload(subject: Subject) -> Iterator[Finding]:
     yield ok("preload.libraries", f"{path} finds the libraries it was built for")
 
 
-def local_ca(subject: Subject) -> Iterator[Finding]:
+def local_ca(patient: Patient) -> Iterator[Finding]:
     """swtpm_setup run once as root leaves its certificate authority to root; then no guest's set-up succeeds."""
-    directory = subject.at("/var/lib/swtpm-localca")
+    directory = patient.at("/var/lib/swtpm-localca")
     if not directory.exists():
         return
-    account = swtpm_account(subject.layout)
+    account = swtpm_account(patient.layout)
     foreign = [path for path in (directory, *directory.rglob("*")) if path.stat().st_uid != account.uid]
     if not foreign:
         yield ok("swtpm.local-ca", "swtpm's user owns the certificate authority for endorsement keys")
