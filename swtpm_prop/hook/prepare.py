@@ -6,11 +6,12 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 from swtpm_prop.account import Account, swtpm_account
 from swtpm_prop.domain.log import ended_inactive
 from swtpm_prop.domain.metadata import Vtpm, parse_domain
-from swtpm_prop.errors import DomainError
+from swtpm_prop.errors import DomainError, HostError
 from swtpm_prop.hook import files
 from swtpm_prop.layout import Layout
 from swtpm_prop.trust.index import Index
@@ -28,6 +29,7 @@ def lay_out(uuid: str, xml: bytes, layout: Layout) -> None:
     vtpm = parse_domain(xml)
     if vtpm is None:
         raise DomainError("domain.misplaced", "the domain XML speaks of us, but has no metadata of ours")
+    _look_at_path(layout)
     _look_at_index(layout)
     account = swtpm_account(layout)
     banks = ",".join(algorithm.name for algorithm in vtpm.all_banks())
@@ -37,6 +39,20 @@ def lay_out(uuid: str, xml: bytes, layout: Layout) -> None:
 
         activate(layout.guest_tpm(uuid), banks, account, layout)
     _write(uuid, banks, _layer(uuid, vtpm, layout), account, layout)
+
+
+def _look_at_path(layout: Layout) -> None:
+    """libvirt must find our programs, or the guest would start without the layer: this is the daemon's own PATH."""
+    for name in ("swtpm", "swtpm_setup"):
+        places = (Path(place, name) for place in os.environ.get("PATH", "").split(":"))
+        found = next((place for place in places if os.access(place, os.X_OK)), None)
+        ours = layout.libexec / name
+        if found is None or not ours.exists() or not found.samefile(ours):
+            raise HostError(
+                "host.swtpm-path",
+                f"libvirt would not start {ours} but {found}",
+                "restart libvirtd or virtqemud if that was not done since the installation; or ask swtpm-prop doctor",
+            )
 
 
 def _look_at_index(layout: Layout) -> None:

@@ -39,9 +39,17 @@ def domain(metadata: str = VTPM, backend: str = "") -> bytes:
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Layout:
-    """A host with an index; swtpm runs as whoever runs the test."""
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
+    """A host with an index; swtpm runs as whoever runs the test.
+
+    Our own programs, first in PATH, only fail: nothing here may call them.
+    """
     layout = Layout(tmp_path)
+    layout.libexec.mkdir(parents=True)
+    for name in ("swtpm", "swtpm_setup"):
+        (layout.libexec / name).write_text("#!/bin/sh\nexit 7\n")
+        (layout.libexec / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{layout.libexec}/:{os.environ['PATH']}")
     layout.index.parent.mkdir(parents=True)
     build(layout.index, (), 4_000_000_000, lambda *_: None)
     layout.qemu_conf.parent.mkdir(parents=True)
@@ -148,6 +156,21 @@ def test_an_unusable_index_refuses_the_start(host: Layout, capsys: pytest.Captur
     assert left(host) == set()
 
 
+def test_a_libvirt_that_would_start_another_swtpm_refuses_the_start(
+    host: Layout, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours_first = os.environ["PATH"]
+    for path in (os.defpath, f"{os.defpath}:{host.libexec}", "", str(host.root)):
+        monkeypatch.setenv("PATH", path)
+        assert prepare(host, domain()) == 1
+        assert "[host.swtpm-path]" in capsys.readouterr().err
+        assert prepare(host, domain(metadata="")) == 0
+    monkeypatch.setenv("PATH", ours_first)
+    (host.libexec / "swtpm_setup").chmod(0o644)
+    assert prepare(host, domain()) == 1
+    assert left(host) == set()
+
+
 def test_an_expired_index_only_warns(host: Layout, capsys: pytest.CaptureFixture[str]) -> None:
     build(host.index, (), 1, lambda *_: None)
     assert prepare(host, domain()) == 0
@@ -251,7 +274,8 @@ def tpm(host: Layout, tmp_path: Path) -> Path:
     state.mkdir(parents=True)
     shutil.chown(state, "tss", "tss")
     argv = ["swtpm_setup", "--tpm2", "--tpm-state", str(state), "--pcr-banks", "sha256"]
-    subprocess.run(argv, check=True, capture_output=True, user="tss", group="tss", extra_groups=[], cwd="/")
+    as_tss = {"user": "tss", "group": "tss", "extra_groups": ()}
+    subprocess.run(argv, check=True, capture_output=True, cwd="/", env={"PATH": os.defpath}, **as_tss)
     return state / "tpm2-00.permall"
 
 
@@ -292,15 +316,3 @@ def test_a_state_that_cannot_be_activated_refuses_the_start(
     assert "Could not initialize libtpms" in said
     assert said.count("\n") == 1
     assert left(host) == set()
-
-
-@pytest.mark.root
-def test_our_own_directory_is_never_used_for_activation(
-    host: Layout, tpm: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    host.libexec.mkdir(parents=True)
-    for name in ("swtpm", "swtpm_setup"):
-        (host.libexec / name).write_text("#!/bin/sh\nexit 7\n")
-        (host.libexec / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{host.libexec}/:{os.environ['PATH']}")
-    assert prepare(host, domain()) == 0
