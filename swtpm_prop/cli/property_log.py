@@ -49,7 +49,7 @@ def print_standing(standing: Standing) -> None:
     ]
     output.table(["PCR", *banks, "usually measures"], rows)
     if standing.failure:
-        click.secho(printable(f"the layer gave up: {standing.failure}"), fg="red")
+        click.secho(printable(f"failure: {standing.failure}"), fg="red")
 
 
 def print_record(record: Record, as_json: bool) -> None:
@@ -75,7 +75,7 @@ def _columns(record: Record) -> list[str]:
         pcr, bank = printable(str(record["pcr"])), printable(str(content["bank"]))
         return [when, f"PCR {pcr:<2}", bank, output.state(f"{word:<10}"), _because(record)]
     if event == "failure":
-        return [when, click.style(printable(f"the layer gave up: {content['detail']} [{content['reason']}]"), fg="red")]
+        return [when, click.style(printable(f"failure: {content['detail']} [{content['reason']}]"), fg="red")]
     words = [word for states in content["states"].values() for word in states.values()]
     counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
     return [when, printable(f"{event}: {counts}")]

@@ -24,7 +24,7 @@ class Standing(NamedTuple):
 
     Attributes:
         states: bank name to PCR to ``unmeasured``, ``held`` or ``broken``.
-        failure: why the layer gave up, empty while it works.
+        failure: why the layer gave up or the log does not go on; empty while both work.
         time: of the last record, RFC 3339; empty without one.
     """
 
@@ -33,7 +33,7 @@ class Standing(NamedTuple):
     time: str = ""
 
     def broken(self) -> bool:
-        """Whether any translated PCR is broken or the layer gave up."""
+        """Whether any translated PCR is broken, or may be because the log does not go on."""
         return bool(self.failure) or any("broken" in pcrs.values() for pcrs in self.states.values())
 
 
@@ -82,6 +82,8 @@ def parse_line(line: bytes) -> Record:
 
 def read(path: Path) -> Iterator[Record]:
     """The records of a log. A last line without its newline is still being written and left out.
+
+    A damaged line (the disk was full) may have been the one that said ``broken``: nothing is said without it.
 
     Raises:
         DomainError: ``domain.no-log``, ``domain.log-malformed``.

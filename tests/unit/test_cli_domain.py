@@ -172,7 +172,7 @@ def test_log_says_what_each_state_rests_on(layout: Layout) -> None:
     assert "startup: 2 unmeasured" in startup
     assert held.split() == [TIME, "PCR", "0", "sha384", "held", "certified", "by", "sha256:" + "ab" * 8]
     assert "not certified, unknown: no certificate \\x1b[2J" in refused
-    assert "gave up" in failure
+    assert "failure: PCR 4 cannot be read [layer.pcr-read]" in failure
     assert all(click.unstyle(line).isprintable() for line in (startup, held, refused, failure))
 
 
