@@ -30,7 +30,7 @@ STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://in-toto.io/attestation/svr/v0.2"
 
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
-_TIME_FORM = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
+_TIME_FORM = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-5][0-9]Z")
 _SERIAL_FORM = re.compile(r"[0-9a-f]{2,64}")
 _HEX_FORM = re.compile(r"[0-9a-f]*")
 

@@ -31,6 +31,9 @@ FORMAT = 1
 SLOT_ROWS = 1 << 16
 """Row numbers that belong to one digest: its slot is the first of them."""
 
+_FAULTS = (sqlite3.Error, UnicodeDecodeError, MemoryError)
+"""What sqlite3 raises for a damaged file: also for names in it that are no UTF-8 and for absurd lengths."""
+
 _HEADER_BYTES = 100
 _MEND = "build it again with 'swtpm-prop store build'"
 _CACHE_KIB = 128
@@ -148,7 +151,7 @@ class Index:
             return self._judge(properties, measured, now)
         except StoreError as error:
             return Verdict(False, (), "no-index", error.what)
-        except sqlite3.Error as error:
+        except _FAULTS as error:
             return Verdict(False, (), "no-index", f"the index cannot be read: {error}")
 
     def matches(self, measured: Mapping[str, bytes]) -> list[tuple[Claim, bool]]:
@@ -163,7 +166,7 @@ class Index:
                 for packed, at in rows:
                     found[at] = found.get(at, False) or covers(unpack(packed), measured)
             return sorted((self._claim(at), covered) for at, covered in found.items())
-        except sqlite3.Error as error:
+        except _FAULTS as error:
             raise _damaged(str(error)) from error
 
     def claims(self) -> Iterator[tuple[Claim, int]]:
@@ -176,7 +179,7 @@ class Index:
             counted = self._connection().execute("SELECT certificate, count(*) FROM entry GROUP BY 1 ORDER BY 1")
             for at, count in counted:
                 yield self._claim(at), count
-        except sqlite3.Error as error:
+        except _FAULTS as error:
             raise _damaged(str(error)) from error
 
     # -- judging --------------------------------------------------------------------------------
@@ -245,9 +248,12 @@ class Index:
             self._db.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
             self._db.execute("PRAGMA trusted_schema=OFF")
             self._check_contents(self._db)
-        except (sqlite3.Error, StoreError) as error:
+        except StoreError:
             self.close()
-            raise error if isinstance(error, StoreError) else _damaged(str(error)) from error
+            raise
+        except _FAULTS as error:
+            self.close()
+            raise _damaged(str(error)) from error
 
     def _check_contents(self, db: sqlite3.Connection) -> None:
         """The one row of ``meta``, and both ends of the tree, which a file cut and padded would not have."""
