@@ -54,7 +54,7 @@ class System:
     def prop(self, *words: str) -> Any:
         """The command line with --json; what it prints, read."""
         code = "from swtpm_prop.cli.main import main; main()"
-        text = self.run(f"{sys.executable} -c '{code}' {' '.join(words)} --json")
+        text = self.run(f"{sys.executable} -P -c '{code}' {' '.join(words)} --json")
         return json.loads(text) if text.strip() else None
 
     def problems(self) -> dict[str, str]:
@@ -82,7 +82,7 @@ def test_from_nothing_to_healthy_and_back(system: System) -> None:
     assert system.status == 1
     done = system.prop("install")
     assert {"action": "wrote", "path": "/etc/libvirt/hooks/qemu.d/swtpm-prop"} in done["done"]
-    system.run(f"{sys.executable} -c '{BUILD_INDEX}'")
+    system.run(f"{sys.executable} -P -c '{BUILD_INDEX}'")
     assert system.problems() == {}
     assert system.status == 0
     assert system.prop("install")["done"] == []
@@ -93,7 +93,7 @@ def test_from_nothing_to_healthy_and_back(system: System) -> None:
 
 def test_layer_that_does_not_load_is_found(system: System) -> None:
     system.prop("install")
-    system.run(f"{sys.executable} -c '{BUILD_INDEX}'")
+    system.run(f"{sys.executable} -P -c '{BUILD_INDEX}'")
     system.run("sed -i 's/^export LD_PRELOAD/: export LD_PRELOAD/' /usr/libexec/swtpm-prop/swtpm")
     found = system.problems()
     assert found.keys() == {"install.file-changed", "preload.does-not-load"}
@@ -105,7 +105,7 @@ def test_layer_that_does_not_load_is_found(system: System) -> None:
 
 def test_daemon_that_was_not_restarted_is_found(system: System) -> None:
     system.prop("install")
-    system.run(f"{sys.executable} -c '{BUILD_INDEX}'")
+    system.run(f"{sys.executable} -P -c '{BUILD_INDEX}'")
     system.run("cp /bin/sleep /run/libvirtd; /run/libvirtd 600 >/dev/null 2>&1 & sleep 0.2")
     assert system.problems().keys() == {"daemon.path"}
     system.run("rm /usr/libexec/swtpm-prop/swtpm")
