@@ -29,7 +29,7 @@ SETUP := $(PREFIX)/package-$(STATE)
 define virtual_environment
 	@umask 022; test -x $(1)/bin/pip || $(PYTHON) -m venv --upgrade-deps $(1) >/dev/null
 	@umask 022; $(1)/bin/pip install -qq 'setuptools >= 68' wheel
-	@umask 022; rm -rf build; $(1)/bin/pip install -qq --no-build-isolation '.$(2)'; status=$$?; rm -rf build; exit $$status
+	@umask 022; rm -rf build; $(1)/bin/pip install -qq --no-build-isolation '.$(2)'; status=$$?; rm -rf build *.egg-info; exit $$status
 endef
 
 # To install what is missing of the packages that the shell command $(1) lists.

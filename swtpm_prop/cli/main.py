@@ -25,9 +25,11 @@ class LazyGroup(click.Group):
     """Imports ``swtpm_prop.cli.<noun>`` and takes its attribute ``command`` when the noun is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """The nouns in the order of the alphabet."""
         return sorted(NOUNS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The noun's command; None if there is no such noun."""
         if cmd_name not in NOUNS:
             return None
         module = importlib.import_module(f"swtpm_prop.cli.{cmd_name}")
@@ -35,6 +37,7 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Nouns and what they do, without importing any."""
         with formatter.section("Commands"):
             formatter.write_dl(sorted(NOUNS.items()))
 

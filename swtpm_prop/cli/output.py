@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ def json_option(command: Command) -> Command:
 
 
 def print_json(value: Any) -> None:
+    """Print one JSON value; every character beyond ASCII is escaped."""
     click.echo(json.dumps(value, indent=2, sort_keys=False, ensure_ascii=True))
 
 
@@ -49,6 +51,5 @@ def state(word: str) -> str:
 @contextmanager
 def progress(items: Sequence[T], label: str) -> Iterator[Iterator[T]]:
     """A progress bar on standard error over ``items``; silent when standard error is no terminal."""
-    stream = click.get_text_stream("stderr")
-    with click.progressbar(items, label=label, file=stream) as bar:
+    with click.progressbar(items, label=label, file=sys.stderr) as bar:
         yield iter(bar)
