@@ -1,0 +1,62 @@
+"""Two connected libvirt hosts for the whole session, and guests that are gone after their test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from lab import guest
+from lab.debian import kernel
+from lab.domain import Domain
+from lab.host import Host, laboratory
+from lab.machine import Machine
+
+Define = Callable[[Host, Domain], Machine]
+
+
+class Pair(NamedTuple):
+    """Two hosts, each with a daemon and a way to the other; ``work`` is seen by both and by their guests."""
+
+    work: Path
+    one: Host
+    other: Host
+
+
+@pytest.fixture(scope="session")
+def plain() -> Iterator[Pair]:
+    """Hosts as Debian leaves them."""
+    with laboratory("plain1", "plain2") as (work, (one, other)):
+        yield Pair(work, one, other)
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Pair]:
+    """Hosts with the product installed."""
+    with laboratory("alpha", "beta") as (work, (one, other)):
+        one.install_product()
+        other.install_product()
+        yield Pair(work, one, other)
+
+
+@pytest.fixture(scope="session")
+def kernel_package() -> str:
+    """A current cloud kernel, of Debian 12's own series, which boots quickest."""
+    return guest.kernels(1, "6.1")[0]
+
+
+@pytest.fixture(scope="session")
+def direct(kernel_package: str) -> Domain:
+    """A guest whose kernel libvirt loads itself: the quickest to its shell. Make variants with ``replace``."""
+    image, initrd = kernel(kernel_package), guest.initramfs(kernel_package)
+    return Domain(kernel=image, initrd=initrd, cmdline=guest.CMDLINE, banks=("sha256", "sha384"))
+
+
+@pytest.fixture
+def define() -> Iterator[Define]:
+    """Defines guests on hosts, and takes them away after the test, wherever they then are."""
+    with ExitStack() as stack:
+        yield lambda host, domain: stack.enter_context(Machine(host, domain))
