@@ -10,7 +10,7 @@ import click
 from swtpm_prop.cli import output
 from swtpm_prop.cli.install import root_option
 from swtpm_prop.doctor.checks import examine
-from swtpm_prop.doctor.finding import Finding, State, Patient
+from swtpm_prop.doctor.finding import Finding, Patient, State
 from swtpm_prop.errors import printable
 from swtpm_prop.layout import Layout
 

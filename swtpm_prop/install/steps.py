@@ -203,12 +203,12 @@ def _refuse_running(layout: Layout) -> None:
 
 def running_guests(layout: Layout) -> list[str]:
     """UUIDs of the guests that have what one start needs, hence run or are being started."""
-    return sorted(path.name for path in layout.run.glob("*-*-*-*-*"))
+    return sorted(path.name for path in layout.run.glob("[0-9a-f]*-*-*-*-*"))
 
 
 def opted_in(layout: Layout) -> list[str]:
     """UUIDs of the guests that must not start without the layer."""
-    return sorted(path.name for path in layout.guests.glob("*-*-*-*-*"))
+    return sorted(path.name for path in layout.guests.glob("[0-9a-f]*-*-*-*-*"))
 
 
 def _take(layout: Layout, path: str, listed: Manifest, undo: ExitStack) -> list[Done]:

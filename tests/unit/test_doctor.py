@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from swtpm_prop.cli.doctor import command
 from swtpm_prop.doctor import access, confinement, daemon, guests, index, installation, swtpm
 from swtpm_prop.doctor.checks import examine
 from swtpm_prop.doctor.finding import Finding, Patient, State
@@ -382,3 +384,21 @@ def test_a_damaged_record_is_one_finding_and_stops_nothing(root: Path) -> None:
     findings = examine(patient(root))
     assert [f.id for f in findings].count("install.manifest-unreadable") == 1
     assert "index.usable" in {f.id for f in findings}
+
+
+def test_for_people_the_words_come_with_the_mend_and_the_exit_status(root: Path) -> None:
+    assert findings_exit_status(root) == 1
+    layout = Layout(root)
+    layout.hook.chmod(0o644)
+    said = CliRunner().invoke(command, ["--root", str(root)])
+    assert said.exit_code == 1
+    assert "problem  hook.not-executable" in said.output
+    assert f"hook.not-executable: chmod 0755 {layout.hook}" in said.output
+
+
+def findings_exit_status(root: Path) -> int:
+    """The status of ``doctor --json``, which must agree with the findings it prints."""
+    said = CliRunner().invoke(command, ["--root", str(root), "--json"])
+    states = {finding["state"] for finding in json.loads(said.output)}
+    assert said.exit_code == int("problem" in states)
+    return said.exit_code

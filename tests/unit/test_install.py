@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from swtpm_prop.cli.main import cli
 from swtpm_prop.errors import HostError
 from swtpm_prop.install import manifest, steps
 from swtpm_prop.install.plan import Block, Directory, File, Host, plan
@@ -238,6 +240,28 @@ def test_plan_makes_every_directory_before_what_lies_in_it() -> None:
         else:
             assert isinstance(step, File | Block)
             assert step.path.parent in made
+
+
+@pytest.mark.parametrize("words", [["install"], ["uninstall", "--purge"]])
+def test_the_command_line_says_what_it_did_and_what_is_left(root: Path, words: list[str]) -> None:
+    runner = CliRunner()
+    runner.invoke(cli, ["install", "--root", str(root)], catch_exceptions=False)
+    Layout(root).guest_marker(UUID).write_text("sha256,sha384\n")
+    Layout(root).hook.unlink()
+    said = runner.invoke(cli, [*words, "--root", str(root)], catch_exceptions=False)
+    assert said.exit_code == 0
+    if words == ["install"]:
+        assert "wrote  /etc/libvirt/hooks/qemu.d/swtpm-prop" in said.output
+    else:
+        assert f"now start with an ordinary TPM: {UUID}" in said.output
+        assert not Layout(root).state.exists()
+    assert "Left to you:" in said.output
+
+
+def test_hidden_directories_of_a_start_are_no_guests(root: Path) -> None:
+    steps.install(Layout(root), HOST)
+    (Layout(root).run / f".{UUID}.new").mkdir()
+    assert steps.running_guests(Layout(root)) == []
 
 
 # -- killed, or failing, anywhere ---------------------------------------------------------------
