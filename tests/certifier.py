@@ -76,3 +76,8 @@ def signed(value: Any, payload_type: str = certificate.PAYLOAD_TYPE, signer: Pri
     """Anything, signed by a key the issuer really has."""
     payload = value if isinstance(value, bytes) else json.dumps(value).encode()
     return dsse.sign(payload_type, payload, [signer])
+
+
+def names(directory: Path) -> list[str]:
+    """What is in a directory, hidden files too."""
+    return sorted(entry.name for entry in directory.iterdir())

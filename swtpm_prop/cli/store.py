@@ -46,9 +46,9 @@ def build_(paths: tuple[Path, ...], trust_file: Path, to: Path, expires: str | N
     In a directory every file is taken. A certificate outside its validity window is no error: the index knows the
     window and guests are refused with that reason.
     """
-    trust = issuers.load(trust_file)
-    end = parse_time(expires) if expires else None
     files = _files(paths)
+    end = parse_time(expires) if expires else None
+    trust = issuers.load(trust_file)
     notes: list[tuple[Path, TrustError]] = []
     with output.progress(files, "verifying") as running:
         summary = build(to, _verified(running, trust, notes), end, _report)
@@ -58,7 +58,7 @@ def build_(paths: tuple[Path, ...], trust_file: Path, to: Path, expires: str | N
     for file, error in notes:
         click.secho(TrustError(error.id, f"{file}: {error.what}").line(), fg="yellow", err=True)
     click.echo(
-        f"{summary.certificates} certificates, {summary.entries} entries, {summary.size} bytes;"
+        f"certificates: {summary.certificates}, entries: {summary.entries}, bytes: {summary.size};"
         f" guests believe it until {format_time(summary.expires)}"
     )
 

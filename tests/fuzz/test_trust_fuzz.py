@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,8 @@ def test_any_value_in_any_place_of_a_signed_statement(where: tuple[Any, ...], va
 @settings(max_examples=200, deadline=None)
 @given(mutated(GOOD))
 def test_a_changed_certificate_is_the_same_or_refused(data: bytes) -> None:
-    try:
+    with contextlib.suppress(TrustError):
         assert certificate.verify(data, BELIEVED, NOW) == certificate.read(GOOD)
-    except TrustError:
-        pass
 
 
 @settings(max_examples=300, deadline=None)

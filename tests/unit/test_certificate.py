@@ -146,6 +146,27 @@ def test_bad_contents_are_refused_though_well_signed(change: Change, id: str) ->
     assert refused_id(signed(forged)) == id
 
 
+EXPRESSIBLE = {
+    "trust.statement-type",
+    "trust.predicate-type",
+    "trust.field",
+    "trust.properties",
+    "trust.serial",
+    "trust.subjects",
+    "trust.weak-digest",
+    "trust.digest-length",
+    "trust.digest-form",
+}
+"""What a JSON Schema can say; prefixes, calendars and contradictions it cannot."""
+
+
+@pytest.mark.parametrize("change", [change for change, id in FORGERIES if id in EXPRESSIBLE])
+def test_the_schema_refuses_what_the_parser_refuses(change: Change) -> None:
+    forged = statement(issue())
+    change(forged)
+    assert not Draft202012Validator(SCHEMA).is_valid(forged)
+
+
 def test_the_three_subjects_of_a_hidden_contradiction_are_seen() -> None:
     """The first agrees with each of the others, which do not agree with each other."""
     forged = statement(issue(subject(b"kernel", "sha256")))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from certifier import BOOT, ED25519, ISSUER, P256, digests_of, issue, private_pem, subject, trust_text
+from certifier import BOOT, ED25519, ISSUER, P256, digests_of, issue, names, private_pem, subject, trust_text
 from click.testing import CliRunner, Result
 
 from swtpm_prop.cli import cert, pcr, store
@@ -109,7 +109,7 @@ def test_build_is_all_or_nothing_and_names_every_bad_certificate(here: Path) -> 
         assert f"[{id}]" in refused.stderr
     assert "\x1b[31mb" not in refused.stderr
     assert (here / "index.sqlite").read_bytes() == before
-    assert sorted(os.listdir(here)) == ["certificates", "index.sqlite", "kernel", "key.pem", "trust.toml"]
+    assert names(here) == ["certificates", "index.sqlite", "kernel", "key.pem", "trust.toml"]
 
 
 def test_revoking_is_building_without_it(here: Path) -> None:
@@ -153,7 +153,7 @@ def test_issue_refuses_nonsense_and_writes_nothing(here: Path) -> None:
     assert error(issue_for("--file", "kernel", "--property", "boot")).id == "trust.uri"
     assert error(issue_for("--file", "kernel", key="trust.toml")).id == "trust.key"
     assert error(issue_for("--file", "kernel", to="none/c.dsse")).id == "trust.file-unwritable"
-    assert sorted(os.listdir(here)) == ["kernel", "key.pem", "trust.toml"]
+    assert names(here) == ["kernel", "key.pem", "trust.toml"]
 
 
 def test_show_is_bounded_and_shows_hostile_names_harmlessly(here: Path) -> None:
@@ -235,9 +235,9 @@ def tpm(tmp_path: Path) -> Iterator[str]:
     """A plain swtpm with a sha384 bank; the TCTI to reach it."""
     (tmp_path / "state").mkdir()
     sockets = tmp_path / "tpm"
+    ends = ("--server", f"type=unixio,path={sockets}", "--ctrl", f"type=unixio,path={sockets}.ctrl")
     with subprocess.Popen(
-        ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={tmp_path}/state", "--flags", "startup-clear"]
-        + ["--server", f"type=unixio,path={sockets}", "--ctrl", f"type=unixio,path={sockets}.ctrl"]
+        ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={tmp_path}/state", "--flags", "startup-clear", *ends]
     ) as swtpm:
         while not Path(f"{sockets}.ctrl").exists():
             assert swtpm.poll() is None

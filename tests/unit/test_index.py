@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from certifier import BOOT, NOW, digests_of, issued, subject
+from certifier import BOOT, NOW, digests_of, issued, names, subject
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -189,7 +189,7 @@ def test_a_build_that_fails_leaves_the_old_index_and_nothing_else(whole: Path) -
     with pytest.raises(TrustError):
         builder.build(whole, failing(), None, lambda _doing, _done: None)
     assert whole.read_bytes() == before
-    assert os.listdir(whole.parent) == [whole.name]
+    assert names(whole.parent) == [whole.name]
 
 
 def test_what_a_killed_build_left_is_swept_away(path: Path) -> None:
@@ -202,10 +202,10 @@ def test_what_a_killed_build_left_is_swept_away(path: Path) -> None:
     tests = Path(__file__).parents[1]
     ended = subprocess.run([sys.executable, "-c", script, str(path), str(tests), str(tests.parent)], check=False)
     assert ended.returncode == -9
-    assert path.name not in os.listdir(path.parent)
-    assert len(os.listdir(path.parent)) == 1
+    assert path.name not in names(path.parent)
+    assert len(names(path.parent)) == 1
     build(path, issued())
-    assert os.listdir(path.parent) == [path.name]
+    assert names(path.parent) == [path.name]
 
 
 def test_two_builds_do_not_mix(path: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_crowd_on_one_digest_is_refused(path: Path) -> None:
     summary = build(path, issued()._replace(subjects=crowd[:-1]))
     assert summary.entries == CANDIDATES
     assert reason(path, {"sha256": one, "sha384": (CANDIDATES - 1).to_bytes(48)}) == ""
-    assert os.listdir(path.parent) == [path.name]
+    assert names(path.parent) == [path.name]
 
 
 def test_certificates_whose_numbers_collide_are_refused(path: Path) -> None:
@@ -406,7 +406,7 @@ def test_odd_names(tmp_path: Path) -> None:
     directory.mkdir()
     build(directory / "i%3f.sqlite", issued())
     assert reason(directory / "i%3f.sqlite", digests_of(b"kernel")) == ""
-    assert os.listdir(directory) == ["i%3f.sqlite"]
+    assert names(directory) == ["i%3f.sqlite"]
 
 
 def test_lean_inside_swtpm() -> None:
