@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from swtpm_prop.errors import WireError
 from swtpm_prop.limits import COMMAND_BYTES, EVENT_BYTES, EXTEND_DIGESTS
-from swtpm_prop.tpm.algorithms import BY_ID, Digest
+from swtpm_prop.tpm.algorithms import BY_WIRE, Digest
 
 NO_SESSIONS = 0x8001
 SESSIONS = 0x8002
@@ -155,7 +155,7 @@ def parse_digests(parameters: bytes) -> tuple[Digest, ...]:
     digests = []
     offset = 4
     for _ in range(count):
-        algorithm = BY_ID.get(int.from_bytes(parameters[offset : offset + 2], "big"))
+        algorithm = BY_WIRE.get(parameters[offset : offset + 2])
         if algorithm is None:
             raise WireError("wire.algorithm", "unknown hash algorithm in a digest list")
         end = offset + 2 + algorithm.size
@@ -170,7 +170,7 @@ def build_digests(digests: Sequence[Digest]) -> bytes:
     """TPML_DIGEST_VALUES (part 2 section 10.9.6)."""
     parts = [struct.pack(">I", len(digests))]
     for algorithm, value in digests:
-        parts += (algorithm.id.to_bytes(2, "big"), value)
+        parts += (algorithm.wire, value)
     return b"".join(parts)
 
 

@@ -153,6 +153,11 @@ def _checked(event: Event) -> Event:
     return event
 
 
+def _unknown(identifier: int, size: int) -> HashAlgorithm:
+    """An algorithm that libtpms has no bank for (SM3 for one): only its length is known."""
+    return HashAlgorithm(identifier, f"0x{identifier:04x}", size, identifier.to_bytes(2, "big"))
+
+
 def _spec_id(data: bytes) -> tuple[HashAlgorithm, ...]:
     """The algorithms of a TCG_EfiSpecIdEvent: signature, class, versions, then the list, then vendor information."""
     cursor = _Cursor(data)
@@ -161,7 +166,7 @@ def _spec_id(data: bytes) -> tuple[HashAlgorithm, ...]:
     algorithms: dict[int, HashAlgorithm] = {}
     for _ in range(count):
         identifier, size = cursor.unpack(_PAIR)
-        algorithm = BY_ID.get(identifier, HashAlgorithm(identifier, f"0x{identifier:04x}", size))
+        algorithm = BY_ID.get(identifier) or _unknown(identifier, size)
         if identifier in algorithms or size != algorithm.size or not size:
             raise WireError("eventlog.header", f"algorithm 0x{identifier:04x} doubled or with digests of {size} bytes")
         algorithms[identifier] = algorithm

@@ -100,7 +100,7 @@ def test_an_informational_record_may_name_any_pcr() -> None:
 
 
 def test_an_algorithm_not_known_here_is_kept_but_not_replayed() -> None:
-    sm3 = HashAlgorithm(0x12, "0x0012", 32)
+    sm3 = HashAlgorithm(0x12, "0x0012", 32, b"\x00\x12")
     log = eventlog.parse(header((0x12, 32), (SHA256.id, 32)) + record(7, 4, [(0x12, b"\1" * 32)]))
     assert log.events[1].digests == (Digest(sm3, b"\1" * 32),)
     for algorithm in (sm3, SHA256, SHA384):
