@@ -27,7 +27,7 @@ SETUP := $(PREFIX)/package-$(STATE)
 # To make a virtual environment in directory $(1) with this package and what it needs ($(2): extras). Nobody but root
 # may write there and everybody may read. What an earlier build left in build/ would be installed with it.
 define virtual_environment
-	@umask 022; test -x $(1)/bin/pip || $(PYTHON) -m venv --upgrade-deps $(1) >/dev/null
+	@umask 022; test -x $(1)/bin/pip || $(PYTHON) -m venv $(1)
 	@umask 022; $(1)/bin/pip install -qq 'setuptools >= 68' wheel
 	@umask 022; rm -rf build; $(1)/bin/pip install -qq --no-build-isolation '.$(2)'; status=$$?; rm -rf build *.egg-info; exit $$status
 endef

@@ -29,8 +29,12 @@ def command(root: Path, as_json: bool) -> None:
     Repeating it does no harm, and brings an older release up to this one. What is in the way is never overwritten.
     With --root, this command's interpreter must be found at the same path on that host.
     """
-    done = steps.install(Layout(root), survey(Layout(root)))
-    report(done, restart(root) if done else [], as_json=as_json)
+    layout = Layout(root)
+    done = steps.install(layout, survey(layout))
+    remaining = restart(root) if done else []
+    if not layout.index.exists():
+        remaining.append("swtpm-prop store build: without an index no guest with property banks starts")
+    report(done, remaining, as_json=as_json)
 
 
 def restart(root: Path) -> list[str]:

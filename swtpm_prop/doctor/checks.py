@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from swtpm_prop.doctor import access, confinement, daemon, guests, index, installation, rehearsal, swtpm
-from swtpm_prop.doctor.finding import Finding, Patient, problem
+from swtpm_prop.doctor.finding import Finding, Patient, problem, warning
 from swtpm_prop.errors import Error
 
 CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
@@ -35,5 +35,9 @@ def _run(check: Callable[[Patient], Iterator[Finding]], patient: Patient) -> Ite
         yield from check(patient)
     except Error as error:
         yield problem(error.id, error.what, error.mend)
+    except PermissionError as error:
+        yield warning("doctor.not-checked", f"{check.__name__} cannot be checked: {error}", "run this as root")
     except OSError as error:
-        yield problem("doctor.not-checked", f"{check.__name__} cannot be checked: {error}", "run this as root")
+        yield problem(
+            "doctor.not-checked", f"{check.__name__} cannot be checked: {error}", "see whether the disk fails"
+        )

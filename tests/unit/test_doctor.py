@@ -402,3 +402,17 @@ def findings_exit_status(root: Path) -> int:
     states = {finding["state"] for finding in json.loads(said.output)}
     assert said.exit_code == int("problem" in states)
     return said.exit_code
+
+
+@pytest.mark.root
+def test_what_only_root_can_tell_is_a_warning_to_others(root: Path) -> None:
+    conf = root / "etc/libvirt/qemu.conf"
+    conf.write_text("")
+    conf.chmod(0o600)
+    (root / "var/lib/swtpm-localca").mkdir(mode=0o700)
+    os.seteuid(65534)
+    try:
+        findings = {f.id: f.state for f in examine(patient(root))}
+    finally:
+        os.seteuid(0)
+    assert findings["doctor.not-checked"] is State.WARNING
