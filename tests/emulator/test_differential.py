@@ -11,6 +11,7 @@ import hmac
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,10 @@ def digests(data: bytes, *algorithms: HashAlgorithm) -> tuple[Digest, ...]:
 
 def event(pcr: int, data: bytes, area: bytes = PASSWORD) -> bytes:
     return command(wire.CC_PCR_EVENT, (pcr,), area, struct.pack(">H", len(data)) + data)
+
+
+def raw_extend(parameters: bytes) -> bytes:
+    return command(wire.CC_PCR_EXTEND, (4,), PASSWORD, parameters)
 
 
 def plain_command(code: int, body: bytes) -> bytes:
@@ -121,18 +126,22 @@ def host() -> Iterator[LayerHost]:
         yield host
 
 
-@pytest.fixture(params=["visible", "hidden"])
-def policy(request: pytest.FixtureRequest) -> Bank:
-    entry = bank(visible=request.param == "visible")
-    return Bank(SHA384, frozenset(entry["pcrs"]), entry["visible"], tuple(entry["properties"]))
-
-
-@pytest.fixture
-def pair(template: Path, host: LayerHost, policy: Bank) -> Iterator[Pair]:
-    host.opt_in([bank(visible=policy.visible)])
+@contextmanager
+def side_by_side(host: LayerHost, template: Path, visible: bool) -> Iterator[Pair]:
+    entry = bank(visible=visible)
+    host.opt_in([entry])
+    policy = Bank(SHA384, frozenset(entry["pcrs"]), visible, tuple(entry["properties"]))
     with world_directory() as base:
-        with Tpm(_with_state(base / "plain", template)) as plain, host.tpm(_with_state(base / "ours", template)) as ours:
+        plain = Tpm(_with_state(base / "plain", template))
+        ours = host.tpm(_with_state(base / "ours", template))
+        with plain, ours:
             yield Pair(plain.up(), ours.up(), policy)
+
+
+@pytest.fixture(params=["visible", "hidden"])
+def pair(request: pytest.FixtureRequest, template: Path, host: LayerHost) -> Iterator[Pair]:
+    with side_by_side(host, template, request.param == "visible") as pair:
+        yield pair
 
 
 def _with_state(base: Path, template: Path) -> Path:
@@ -177,6 +186,8 @@ def under(area: bytes, request: bytes) -> bytes:
 
 # -- routes ---------------------------------------------------------------------------------------
 
+FORGED = Digest(SHA384, held_digest(Bank(SHA384, frozenset(), True, tuple(bank()["properties"]))))
+
 PASSWORD_ROUTES = {
     "all digests": (extend(4, digests(GOOD)), HELD),
     "property digest absent": (extend(4, digests(GOOD, SHA256)), HELD),
@@ -188,9 +199,9 @@ PASSWORD_ROUTES = {
     "sha1 alone": (extend(4, digests(GOOD, SHA1)), BROKEN),
     "digests that disagree": (extend(4, (*digests(GOOD, SHA256), *digests(BAD, SHA512))), BROKEN),
     "empty list": (extend(4, ()), UNMEASURED),
-    "five digests": (command(wire.CC_PCR_EXTEND, (4,), PASSWORD, b"\0\0\0\5" + (b"\0\x0b" + bytes(32)) * 5), UNMEASURED),
-    "unknown algorithm": (command(wire.CC_PCR_EXTEND, (4,), PASSWORD, b"\0\0\0\1\0\x12" + bytes(32)), UNMEASURED),
-    "trailing byte": (command(wire.CC_PCR_EXTEND, (4,), PASSWORD, wire.build_digests(digests(GOOD)) + b"x"), UNMEASURED),
+    "five digests": (raw_extend(b"\0\0\0\5" + (b"\0\x0b" + bytes(32)) * 5), UNMEASURED),
+    "unknown algorithm": (raw_extend(b"\0\0\0\1\0\x12" + bytes(32)), UNMEASURED),
+    "trailing byte": (raw_extend(wire.build_digests(digests(GOOD)) + b"x"), UNMEASURED),
     "wrong password": (extend(4, digests(GOOD), struct.pack(">IHBH", wire.RS_PW, 0, 0, 3) + b"abc"), UNMEASURED),
     "password of zero bytes": (extend(4, digests(GOOD), struct.pack(">IHBH", wire.RS_PW, 0, 0, 2) + bytes(2)), HELD),
     "password with continueSession": (extend(4, digests(GOOD), struct.pack(">IHBH", wire.RS_PW, 0, 1, 0)), HELD),
@@ -205,7 +216,7 @@ PASSWORD_ROUTES = {
     "largest event": (event(4, bytes(1024)), BROKEN),
     "oversized event": (event(4, bytes(1025)), UNMEASURED),
     "event to the null PCR": (event(NULL, GOOD), UNMEASURED),
-    "forged held digest": (extend(4, (Digest(SHA384, held_digest(Bank(SHA384, frozenset(), True, tuple(bank()["properties"])))),)), BROKEN),
+    "forged held digest": (extend(4, (FORGED,)), BROKEN),
 }  # fmt: skip
 
 
@@ -253,9 +264,7 @@ def test_sessions(pair: Pair, session: str, request_name: str) -> None:
 
 def test_a_policy_session_is_judged_by_the_tpm(pair: Pair) -> None:
     good = extend(4, digests(GOOD))
-    codes = [
-        tpm.send(under(session_area(tpm, START_POLICY, 1, good), good))[6:10] for tpm in (pair.plain, pair.ours)
-    ]
+    codes = [tpm.send(under(session_area(tpm, START_POLICY, 1, good), good))[6:10] for tpm in (pair.plain, pair.ours)]
     assert codes[0] == codes[1]
     assert pair.property_state() == (BROKEN if codes[0] == bytes(4) else UNMEASURED)
 
@@ -270,7 +279,9 @@ def test_a_hidden_bank_follows_a_kernel_that_authorises_by_hmac(pair: Pair) -> N
 @pytest.mark.parametrize(("pcr", "expected"), [(4, BROKEN), (NULL, UNMEASURED)])
 def test_event_sequences_break(pair: Pair, pcr: int, expected: str) -> None:
     pair.both(plain_command(0x186, struct.pack(">HH", 0, 0x0010)))
-    pair.both(command(wire.CC_EVENT_SEQUENCE_COMPLETE, (pcr, 0x80000000), PASSWORD * 2, struct.pack(">H", 4) + GOOD[:4]))
+    pair.both(
+        command(wire.CC_EVENT_SEQUENCE_COMPLETE, (pcr, 0x80000000), PASSWORD * 2, struct.pack(">H", 4) + GOOD[:4])
+    )
     assert pair.property_state() == expected
     pair.compare_raw()
 
@@ -367,7 +378,7 @@ def test_the_hash_interface(pair: Pair, started: bool) -> None:
         extend(4, digests(GOOD), struct.pack(">IHBH", wire.RS_PW, 0, 0, 3) + b"abc"),
         plain_command(0xFFFF, b""),
         b"\x80\x02\x00\x00\x00\x0a\x00\x00\x01\x82",
-        command(wire.CC_PCR_EXTEND, (4,), PASSWORD, b"\0\0\0\5"),
+        raw_extend(b"\0\0\0\5"),
     ],
     ids=["extend", "event", "truncated", "wrong password", "unknown code", "header alone", "five digests"],
 )
@@ -389,8 +400,8 @@ seeds = st.sampled_from([
     *(request for request, _ in PASSWORD_ROUTES.values()),
     extend(0, digests(GOOD)), extend(9, digests(GOOD, SHA256)), extend(10, digests(GOOD)), extend(15, digests(BAD)),
     event(7, GOOD), event(16, BAD), command(0x13D, (16,), PASSWORD, b""), command(0x13D, (3,), PASSWORD, b""),
-    plain_command(wire.CC_GET_CAPABILITY, struct.pack(">III", 6, 0x100, 8)), plain_command(0x17E, bytes(4)), STARTUP_CLEAR,
-    command(wire.CC_EVENT_SEQUENCE_COMPLETE, (4, 0x80000000), PASSWORD * 2, b"\0\0"), STARTUP_STATE,
+    plain_command(wire.CC_GET_CAPABILITY, struct.pack(">III", 6, 0x100, 8)), plain_command(0x17E, bytes(4)),
+    command(wire.CC_EVENT_SEQUENCE_COMPLETE, (4, 0x80000000), PASSWORD * 2, b"\0\0"), STARTUP_CLEAR, STARTUP_STATE,
 ])  # fmt: skip
 
 
@@ -414,12 +425,8 @@ def mangled(draw: st.DrawFn) -> bytes:
 
 @pytest.fixture(scope="module", params=["visible", "hidden"])
 def long_pair(request: pytest.FixtureRequest, template: Path, host: LayerHost) -> Iterator[Pair]:
-    entry = bank(visible=request.param == "visible")
-    host.opt_in([entry])
-    policy = Bank(SHA384, frozenset(entry["pcrs"]), entry["visible"], tuple(entry["properties"]))
-    with world_directory() as base:
-        with Tpm(_with_state(base / "plain", template)) as plain, host.tpm(_with_state(base / "ours", template)) as ours:
-            yield Pair(plain.up(), ours.up(), policy)
+    with side_by_side(host, template, request.param == "visible") as pair:
+        yield pair
 
 
 CERTIFIED = {GOOD_DIGEST.value for GOOD_DIGEST in digests(GOOD, SHA256, SHA384, SHA512)}
