@@ -208,7 +208,8 @@ def test_a_daemon_keeps_its_layer(host: LayerHost, new_base: NewBase) -> None:
     pid_file, data = base / "pid", base / "data.sock"
     ran = run_as_user(
         [host.shim, "socket", "--tpm2", "--daemon", "--tpmstate", f"dir={base}/{UUID}/tpm2",
-         "--pid", f"file={pid_file}", "--server", f"type=unixio,path={data}", "--flags", "not-need-init,startup-clear", "--terminate"]
+         "--pid", f"file={pid_file}", "--server", f"type=unixio,path={data}",
+         "--flags", "not-need-init,startup-clear", "--terminate"]
     )  # fmt: skip
     assert (ran.returncode, ran.stderr) == (0, "")
     pid = int(pid_file.read_text())
