@@ -81,9 +81,9 @@ class Console:
 
     def run_bytes(self, line: str, timeout: float = 30) -> tuple[int, bytes]:
         """As ``run``, with the output's bytes."""
-        number = f"{next(_ids):06d}"
+        number = _number()
         deadline = time.monotonic() + timeout
-        self.begin(line, number)
+        self._ask(line, number)
         frame = rf"\[lab {number} (?:(\d+) ([0-9a-f]{{32}}) ([A-Za-z0-9+/=]*)|\?) lab\]"
         while time.monotonic() < deadline:
             start = self.position
@@ -93,10 +93,10 @@ class Console:
                 continue
             self.position = start + len(found.string[: found.end()].encode("latin-1"))
             if found[1] is None:
-                self.begin(line, number)
+                self._ask(line, number)
                 continue
             output = _decoded(found[3])
-            if hashlib.md5(output, usedforsecurity=False).hexdigest() == found[2]:
+            if _checksum(output) == found[2]:
                 return int(found[1]), output
             self._send(f"\nsay {number}\n")
         raise LabError(f"no answer in {timeout:g} s to {line!r}; the guest said:\n{self._said()[-2000:]}")
@@ -108,12 +108,9 @@ class Console:
             raise LabError(f"in the guest: {line}: status {status}\n{output}")
         return output
 
-    def begin(self, line: str, number: str = "-") -> None:
+    def begin(self, line: str) -> None:
         """Start a shell line without waiting for its answer (a reboot gives none)."""
-        text = base64.b64encode(line.encode()).decode()
-        parts = [text[start : start + CHUNK] for start in range(0, len(text), CHUNK)]
-        adds = "".join(f"add {number} {part}\n" for part in parts)
-        self._send(f"\nnew {number}\n{adds}run {number}\n")
+        self._ask(line, _number())
 
     def put(self, path: str, content: bytes) -> None:
         """Write a file of the guest."""
@@ -129,6 +126,12 @@ class Console:
         if status:
             raise LabError(content.decode(errors="replace"))
         return content
+
+    def _ask(self, line: str, number: str) -> None:
+        text = base64.b64encode(line.encode())
+        parts = [text[start : start + CHUNK].decode() for start in range(0, len(text), CHUNK)]
+        adds = "".join(f"add {number} {part}\n" for part in parts)
+        self._send(f"\nnew {number}\n{adds}run {number} {_checksum(text)}\n")
 
     def _said(self) -> str:
         """The transcript from the current position on; latin-1, so that characters count bytes."""
@@ -160,6 +163,15 @@ class Console:
             line.sendall(text.encode())
             while _unsent(line) and time.monotonic() < deadline:
                 time.sleep(0.001)
+
+
+def _number() -> str:
+    """An id no other command of this process has."""
+    return f"{next(_ids):06d}"
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def _unsent(line: socket.socket) -> int:

@@ -3,7 +3,8 @@
 # on the first serial port:
 #   new ID          begin a command
 #   add ID BASE64   append to it
-#   run ID          run it in a subshell and say the answer; a known ID is only answered again
+#   run ID MD5      run it in a subshell and say the answer; a known ID is only answered again, and a command that
+#                   did not arrive whole (MD5 is that of all its BASE64) is not run
 #   say ID          say the answer to ID again
 # An answer is one line: [lab ID STATUS MD5 BASE64 lab], or [lab ID ? lab] where ID is not known.
 export PATH=/bin HOME=/ TPM2TOOLS_TCTI=device:/dev/tpmrm0
@@ -36,7 +37,7 @@ while :; do
     new) command= ;;
     add) command=$command$data ;;
     run)
-      if [ "$id" != "$answered" ]; then
+      if [ "$id" != "$answered" ] && [ "$(printf %s "$command" | md5sum)" = "$data  -" ]; then
         printf %s "$command" | base64 -d >/run/command
         (. /run/command) </dev/null >/run/output 2>&1
         status=$?

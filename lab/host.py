@@ -177,7 +177,10 @@ class Host:
         return uuid.uuid5(uuid.NAMESPACE_DNS, self.name)
 
     def _closed_directories(self) -> list[str]:
-        """Directories on the way to the product that user tss may not pass, such as a clone's /root: opened here."""
+        """Directories on the way to the product that user tss may not pass, such as a clone's /root: opened here.
+
+        The deepest come first: each takes what is below it along.
+        """
         closed = {
             str(parent)
             for path in (Path(sys.prefix), REPOSITORY)
@@ -186,7 +189,7 @@ class Host:
         }
         for directory in closed:
             (self.tree / directory.lstrip("/")).mkdir(parents=True, exist_ok=True)
-        return sorted(closed)
+        return sorted(closed, reverse=True)
 
 
 def connect(one: Host, other: Host) -> None:

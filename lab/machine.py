@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 from lab.console import Console
 from lab.domain import Domain
@@ -58,11 +59,11 @@ class Machine:
     def power_off(self) -> None:
         """Power off from within, and wait until libvirt sees it off."""
         self.console.begin("poweroff -f")
-        for _ in range(600):
-            if self.state() == "shut off":
-                return
-            self.host.run(["sleep", "0.05"])
-        raise LabError("the guest does not power off")
+        deadline = time.monotonic() + 30
+        while self.state() != "shut off":
+            if time.monotonic() > deadline:
+                raise LabError("the guest does not power off")
+            time.sleep(0.02)
 
     def save(self, path: str) -> None:
         self._virsh("save", path)

@@ -132,6 +132,18 @@ def test_nothing_stays_of_a_laboratory():
     assert str(work) not in Path("/proc/self/mounts").read_text()
 
 
+def test_user_tss_reaches_a_product_in_closed_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clone = tmp_path / "closed" / "clone"
+    clone.mkdir(parents=True)
+    (clone / "file").write_text("reached")
+    clone.parent.chmod(0o700)
+    assert not tmp_path.parent.stat().st_mode & 0o001
+    monkeypatch.setattr("lab.host.REPOSITORY", clone)
+    with laboratory("closed") as (_, (host,)):
+        as_tss = ["setpriv", "--reuid=tss", "--regid=tss", "--clear-groups"]
+        assert host.run([*as_tss, "cat", clone / "file"]).stdout == "reached"
+
+
 def test_a_host_ends_with_the_process_that_made_it(tmp_path: Path):
     script = (
         "import sys, time; from pathlib import Path; from lab.host import Host\n"
