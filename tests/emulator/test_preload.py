@@ -419,7 +419,9 @@ def with_preload(host: LayerHost, path: Path) -> None:
 
 def copied_package(target: Path) -> Path:
     """The package as installed elsewhere; its preloaded object."""
-    shutil.copytree(Path(swtpm_prop.__file__).parent, target / "swtpm_prop")
+    # without byte code, which Python would take instead of a source that it cannot read
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(swtpm_prop.__file__).parent, target / "swtpm_prop", ignore=ignore)
     return target / "swtpm_prop/emulator" / shims.preload_object().name
 
 
