@@ -51,9 +51,8 @@ def cli() -> None:
 def main() -> None:
     """Run the command line: 0 done and held, 1 refused or not held, 2 usage."""
     try:
-        cli.main(standalone_mode=False)
-    except click.exceptions.Exit as ended:
-        sys.exit(ended.exit_code)
+        # Not standalone, it returns what a command asked to exit with (ctx.exit); commands themselves return None.
+        sys.exit(cli.main(standalone_mode=False))
     except click.ClickException as error:
         error.show()
         sys.exit(2)
