@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -51,5 +52,8 @@ def state(word: str) -> str:
 @contextmanager
 def progress(items: Sequence[T], label: str) -> Iterator[Iterator[T]]:
     """A progress bar on standard error over ``items``; silent when standard error is no terminal."""
+    if not sys.stderr.isatty():
+        yield iter(items)
+        return
     with click.progressbar(items, label=label, file=sys.stderr) as bar:
         yield iter(bar)
