@@ -50,6 +50,11 @@ def create(name: str) -> Cgroup | None:
     return None
 
 
+def left(prefix: str) -> list[Cgroup]:
+    """The cgroups whose names begin so, whoever made them."""
+    return [Cgroup(version, path) for version, place in (("v1", V1), ("v2", V2)) for path in place.glob(f"{prefix}.*")]
+
+
 def joined(procs: Path | None, argv: list[str]) -> list[str]:
     """``argv`` started as a member of the cgroup with this ``cgroup.procs``; as it is for None."""
     return ["sh", "-c", 'echo $$ >"$0" && exec "$@"', str(procs), *argv] if procs else argv

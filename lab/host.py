@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from lab import cgroup
@@ -38,6 +41,9 @@ stdio_handler = "file"
 remember_owner = 0
 cgroup_controllers = [ %s ]
 """
+
+PREFIX = "swtpm-prop-lab."
+SETTLED = 60.0  # seconds after which a laboratory's work directory without an owner has lost it
 
 _links = itertools.count(1)
 
@@ -209,19 +215,43 @@ def connect(one: Host, other: Host) -> None:
 
 
 @contextmanager
-def laboratory(*names: str, parent: Path | None = None) -> Iterator[tuple[Path, tuple[Host, ...]]]:
+def laboratory(*names: str, parent: Path = Path("/var/tmp")) -> Iterator[tuple[Path, tuple[Host, ...]]]:
     """Hosts of these names with their daemons, each connected with the next; yields the work directory and the hosts.
 
-    The work directory is made below ``parent`` (``/var/tmp``) and removed at the end; user tss and the emulator's
-    user can pass it.
+    The work directory is made below ``parent`` and removed at the end; user tss and the emulator's user can pass it.
+    What a laboratory that was killed left there is removed first.
     """
-    work = Path(tempfile.mkdtemp(prefix="swtpm-prop-lab.", dir=parent or Path("/var/tmp")))
+    _sweep(parent)
+    work = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     work.chmod(0o755)
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, work)
+        stack.enter_context(_owned(work))
         hosts = tuple(stack.enter_context(Host(name, work)) for name in names)
         for one, other in itertools.pairwise(hosts):
             connect(one, other)
         for host in hosts:
             host.libvirtd.start()
         yield work, hosts
+
+
+@contextmanager
+def _owned(work: Path) -> Iterator[None]:
+    """Hold a lock on a work directory; BlockingIOError where a living laboratory has it."""
+    descriptor = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(parent: Path) -> None:
+    for left in parent.glob(f"{PREFIX}*"):
+        # owned by a living laboratory, or just gone with one
+        with suppress(BlockingIOError, FileNotFoundError):
+            if left.stat().st_mtime < time.time() - SETTLED:
+                with _owned(left):
+                    for group in cgroup.left(left.name):
+                        group.remove()
+                    shutil.rmtree(left)

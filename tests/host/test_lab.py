@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,6 @@ import pytest
 from conftest import Define, Pair
 
 from lab import guest, image
-from lab.cgroup import Cgroup
 from lab.domain import Domain
 from lab.host import laboratory
 from lab.process import LabError, run
@@ -144,25 +144,26 @@ def test_user_tss_reaches_a_product_in_closed_directories(tmp_path: Path, monkey
         assert host.run([*as_tss, "cat", clone / "file"]).stdout == "reached"
 
 
-def test_a_host_ends_with_the_process_that_made_it(tmp_path: Path):
+def test_a_killed_laboratory_takes_its_hosts_along_and_is_swept_up_later(tmp_path: Path):
     script = (
-        "import sys, time; from pathlib import Path; from lab.host import Host\n"
-        "host = Host('orphan', Path(sys.argv[1])); host.open(); host.libvirtd.start(); print(host.pid, flush=True)\n"
-        "time.sleep(60)"
+        "import sys, time; from pathlib import Path; from lab.host import laboratory\n"
+        "with laboratory('orphan', parent=Path(sys.argv[1])) as (work, (host,)):\n"
+        "    print(host.pid, host.cgroup and host.cgroup.path, work, flush=True); time.sleep(60)"
     )
-    repository = Path(__file__).parents[2]
-    with subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=repository
-    ) as owner:
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as owner:
         assert owner.stdout is not None
-        pid = int(owner.stdout.readline())
+        pid, group, work = owner.stdout.readline().split()
         owner.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 5
     while Path(f"/proc/{pid}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    for left in Path("/sys/fs/cgroup").glob(f"**/{tmp_path.name}.orphan"):
-        Cgroup("v1", left).remove()
+    assert Path(work).exists()
+    os.utime(work, (0, 0))
+    with laboratory("next", parent=tmp_path):
+        assert not Path(work).exists()
+        assert not Path(group).exists()
 
 
 def authenticode(efi: Path) -> bytes:
