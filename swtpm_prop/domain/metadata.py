@@ -15,7 +15,7 @@ from swtpm_prop.domain.identity import OURS, scan
 from swtpm_prop.domain.pcrs import format_pcrs, parse_pcrs
 from swtpm_prop.errors import DomainError, TrustError
 from swtpm_prop.limits import BANK_PROPERTIES, METADATA_BYTES, PROPERTY_BANKS
-from swtpm_prop.tpm.algorithms import BY_NAME, SHA256, STRONG, HashAlgorithm
+from swtpm_prop.tpm.algorithms import BY_NAME, SHA1, STRONG, HashAlgorithm
 from swtpm_prop.translate.policy import Bank
 from swtpm_prop.trust.uri import check_property
 
@@ -48,9 +48,14 @@ class Vtpm(NamedTuple):
     encrypted: bool = False
 
     def raw_banks(self) -> tuple[HashAlgorithm, ...]:
-        """The banks that go on recording plain digests: libvirt's list or SHA-256, without the property banks."""
+        """The banks that go on recording plain digests: libvirt's list without the property banks.
+
+        There always is one, for whoever must fall back to plain digests: where the list leaves none, the first that
+        is free of SHA-256, SHA-384, SHA-512 and SHA-1.
+        """
         taken = {bank.algorithm for bank in self.banks}
-        return tuple(algorithm for algorithm in self.active or (SHA256,) if algorithm not in taken)
+        listed = tuple(algorithm for algorithm in self.active if algorithm not in taken)
+        return listed or tuple(algorithm for algorithm in (*STRONG, SHA1) if algorithm not in taken)[:1]
 
     def all_banks(self) -> tuple[HashAlgorithm, ...]:
         """Every bank that must be active in the TPM, in the order of their TPM_ALG_ID."""
@@ -72,9 +77,7 @@ def parse_domain(xml: bytes) -> Vtpm | None:
 def parse_element(xml: bytes) -> Vtpm:
     """Read the metadata element alone, for a domain that has no ``<active_pcr_banks>``. Raises as `parse_domain`."""
     scan(xml, METADATA_BYTES)
-    vtpm = _vtpm(_tree(xml))
-    _refuse_without_raw_bank(vtpm)
-    return vtpm
+    return _vtpm(_tree(xml))
 
 
 def fit(vtpm: Vtpm, xml: bytes) -> Vtpm:
@@ -226,12 +229,10 @@ def _refuse_custody(vtpm: Vtpm) -> None:
 
 def _fitted(vtpm: Vtpm, root: etree._Element) -> Vtpm:
     backend = _emulator(root)
-    fitted = vtpm._replace(
+    return vtpm._replace(
         active=_active(backend.findall("active_pcr_banks/*")),
         encrypted=backend.find("encryption") is not None,
     )
-    _refuse_without_raw_bank(fitted)
-    return fitted
 
 
 def _emulator(root: etree._Element) -> etree._Element:
@@ -263,13 +264,3 @@ def _active(elements: Iterable[etree._Element]) -> tuple[HashAlgorithm, ...]:
     if unknown:
         raise DomainError("domain.active-banks", f"active_pcr_banks names '{unknown[0]}'", "name sha1 to sha512")
     return tuple(sorted({BY_NAME[name] for name in names}))
-
-
-def _refuse_without_raw_bank(vtpm: Vtpm) -> None:
-    """A verifier must always be able to fall back to plain digests that a hash can still be trusted for."""
-    if not set(vtpm.raw_banks()) & set(STRONG):
-        raise DomainError(
-            "domain.raw-bank",
-            "no raw bank of SHA-256 or stronger remains beside the property banks",
-            "use sha384 for properties, or name another bank in <active_pcr_banks>",
-        )

@@ -90,7 +90,6 @@ def test_enable_takes_every_choice_and_replaces_the_earlier_one(guest: libvirt.v
         (("--property", BOOT, "--property", BOOT), "domain.property-doubled"),
         (("--property", BOOT, "--pcrs", "0-16"), "domain.pcr-not-translatable"),
         (("--property", BOOT, "--pcrs", "all"), "domain.pcrs"),
-        (("--property", BOOT, "--bank", "sha256"), "domain.raw-bank"),
     ],
 )
 def test_what_a_start_would_refuse_is_refused_at_once(guest: libvirt.virDomain, argv: tuple[str, ...], id: str) -> None:

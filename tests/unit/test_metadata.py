@@ -15,7 +15,7 @@ from swtpm_prop.domain.metadata import NAMESPACE, Vtpm, fit, parse_domain, parse
 from swtpm_prop.domain.pcrs import format_pcrs, parse_pcrs
 from swtpm_prop.errors import DomainError
 from swtpm_prop.limits import BANK_PROPERTIES, DOMAIN_XML_BYTES, METADATA_BYTES
-from swtpm_prop.tpm.algorithms import SHA1, SHA256, SHA384, SHA512
+from swtpm_prop.tpm.algorithms import SHA1, SHA256, SHA384, SHA512, HashAlgorithm
 from swtpm_prop.translate.policy import Bank
 
 UUID = "aaaaaaaa-0000-4000-8000-000000000001"
@@ -120,15 +120,20 @@ def test_too_many_properties() -> None:
     assert refusal(domain(element(BANK.replace(PROPERTY, many)))).id == "domain.property-count"
 
 
-def test_no_strong_raw_bank_may_be_taken_away() -> None:
-    only_sha256 = element(BANK.replace("sha384", "sha256"))
-    assert refusal(domain(only_sha256)).id == "domain.raw-bank"
-    weak = TPM.replace("/></tpm>", "><active_pcr_banks><sha1/></active_pcr_banks></backend></tpm>")
-    assert refusal(domain(tpm=weak)).id == "domain.raw-bank"
-    banks = "".join(BANK.replace("sha384", name) for name in ("sha256", "sha384", "sha512"))
-    assert refusal(domain(element(banks))).id == "domain.raw-bank"
-    with_sha512 = weak.replace("sha1", "sha512")
-    assert parse_domain(domain(only_sha256, with_sha512)) is not None
+def test_a_raw_bank_always_remains() -> None:
+    def raw(algorithms: tuple[str, ...], active: str = "") -> tuple[HashAlgorithm, ...]:
+        banks = "".join(BANK.replace("sha384", name) for name in algorithms)
+        tpm = TPM.replace("/></tpm>", f"><active_pcr_banks>{active}</active_pcr_banks></backend></tpm>")
+        vtpm = parse_domain(domain(element(banks), tpm if active else TPM))
+        assert vtpm is not None
+        assert set(vtpm.raw_banks()) <= set(vtpm.all_banks())
+        return vtpm.raw_banks()
+
+    assert raw(("sha256",)) == (SHA384,)
+    assert raw(("sha256",), "<sha256/>") == (SHA384,)
+    assert raw(("sha256",), "<sha256/><sha512/>") == (SHA512,)
+    assert raw(("sha256", "sha384")) == (SHA512,)
+    assert raw(("sha256", "sha384", "sha512")) == (SHA1,)
 
 
 @pytest.mark.parametrize(
