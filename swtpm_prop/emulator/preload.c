@@ -315,7 +315,8 @@ static void start_layer(const char *path)
 {
 	static PyMethodDef definition = { "execute", execute, METH_O, NULL };
 	PyObject *callable = PyCFunction_New(&definition, NULL);
-	PyObject *module = PyImport_ImportModule("swtpm_prop.emulator.layer");
+	PyObject *lean = PyImport_ImportModule("swtpm_prop.emulator.lean");
+	PyObject *module = lean ? PyImport_ImportModule("swtpm_prop.emulator.layer") : NULL;
 
 	if (!callable || !module)
 		refuse_exception();
@@ -324,6 +325,7 @@ static void start_layer(const char *path)
 		refuse_exception();
 	take_codes();
 	Py_DECREF(module);
+	Py_DECREF(lean);
 	Py_DECREF(callable);
 }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import swtpm_prop
 from swtpm_prop.emulator import config
 from swtpm_prop.emulator import log as property_log
 from swtpm_prop.emulator.log import Log
@@ -122,3 +125,32 @@ def test_after_a_torn_write_the_next_record_begins_a_line(tmp_path: Path, monkey
     torn, whole = path.read_text().splitlines()
     assert len(torn) == 10
     assert json.loads(whole)["content"]["reason"] == "layer.test"
+
+
+DESCRIBE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+if sys.argv[2] == "lean":
+    import swtpm_prop.emulator.lean
+import swtpm_prop.emulator.layer
+for name, module in sorted(sys.modules.items()):
+    if name.startswith("swtpm_prop") and not name.endswith("lean"):
+        for made in sorted(vars(module)):
+            kind = getattr(module, made)
+            if isinstance(kind, type) and issubclass(kind, tuple):
+                own = sorted(key for key in vars(kind) if not key.startswith("__"))
+                print(name, made, kind.__module__, kind._fields, kind._field_defaults, kind.__doc__, own)
+print("typing", hasattr(sys.modules["typing"], "NamedTuple"), type(sys.modules["typing"]).__name__)
+from typing import Protocol
+print(Protocol)
+"""
+
+
+def test_the_stand_in_for_typing_makes_the_same_classes() -> None:
+    parent = str(Path(swtpm_prop.__file__).parents[1])
+    real, lean = (
+        subprocess.run([sys.executable, "-IS", "-c", DESCRIBE, parent, way], capture_output=True, text=True, check=True)
+        for way in ("real", "lean")
+    )
+    assert real.stdout.count("Bank") >= 1
+    assert lean.stdout == real.stdout.replace("typing True module", "typing True _Typing")
