@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from product import Product
 
 from lab import guest
 from lab.debian import kernel
@@ -40,6 +41,14 @@ def pair() -> Iterator[Pair]:
         one.install_product()
         other.install_product()
         yield Pair(work, one, other)
+
+
+@pytest.fixture(scope="session")
+def product(pair: Pair) -> Product:
+    """A certifier whom both of ``pair`` trust, and their index, which certifies nothing yet."""
+    made = Product(pair.work, (pair.one, pair.other))
+    made.build()
+    return made
 
 
 @pytest.fixture(scope="session")
