@@ -41,6 +41,12 @@ CERTIFICATE_BYTES = 64 * 1024 * 1024
 SUBJECTS = 200_000
 """Most subjects of one certificate."""
 
+ANNOTATIONS = 8
+"""Most annotations of one subject; ours are two."""
+
+ANNOTATION_CHARS = 256
+"""Longest name or value of an annotation; the longest Debian package name has 66 characters, its version 60."""
+
 JSON_DEPTH = 16
 """Deepest nesting of certificate JSON; ours needs 5."""
 

@@ -16,7 +16,7 @@ from swtpm_prop.limits import CERTIFICATE_BYTES, EVENT_LOG_BYTES, KEY_BYTES
 from swtpm_prop.trust import certificate, issuers, keys, sources
 from swtpm_prop.trust.certificate import Certificate, Claim, format_time, parse_time
 from swtpm_prop.trust.files import read_file, write_file
-from swtpm_prop.trust.sources import Subject
+from swtpm_prop.trust.sources import COMPONENT, VERSION, Subject
 
 _DAY = 86400
 _SHOWN = 20
@@ -163,19 +163,25 @@ def _summary(shown: Certificate) -> dict[str, Any]:
 def _show(shown: Certificate, as_json: bool) -> None:
     subjects = shown.subjects[:_SHOWN]
     if as_json:
-        named = [{"name": s.name, "digest": {a: d.hex() for a, d in s.digests.items()}} for s in subjects]
-        output.print_json({**_summary(shown), "subjects": named})
+        output.print_json({**_summary(shown), "subjects": [_for_programs(subject) for subject in subjects]})
         return
     rows = [("certificate", shown.id), ("issuer", shown.issuer), ("serial", shown.serial)]
     rows += [("property", uri) for uri in shown.properties]
     rows += [("valid", f"{format_time(shown.not_before)} to {format_time(shown.not_after)}")]
     output.table(("Field", "Value"), rows)
     click.echo()
-    output.table(("Subject", "Algorithms", "Digest"), [_subject_row(subject) for subject in subjects])
+    headers = ("Subject", "Component", "Version", "Algorithms", "Digest")
+    output.table(headers, [_subject_row(subject) for subject in subjects])
     if len(shown.subjects) > len(subjects):
         click.echo(f"and {len(shown.subjects) - len(subjects)} more subjects")
 
 
-def _subject_row(subject: Subject) -> tuple[str, str, str]:
+def _for_programs(subject: Subject) -> dict[str, Any]:
+    digests = {algorithm: digest.hex() for algorithm, digest in subject.digests.items()}
+    return {"name": subject.name, "digest": digests, "annotations": dict(subject.annotations)}
+
+
+def _subject_row(subject: Subject) -> tuple[str, ...]:
     first, *_ = subject.digests.items()
-    return subject.name, " ".join(subject.digests), f"{first[0]}:{first[1].hex()}"
+    of = [subject.annotations.get(name, "") for name in (COMPONENT, VERSION)]
+    return subject.name, *of, " ".join(subject.digests), f"{first[0]}:{first[1].hex()}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from swtpm_prop.errors import TrustError
-from swtpm_prop.limits import CERTIFICATE_PROPERTIES, SUBJECTS
+from swtpm_prop.limits import ANNOTATION_CHARS, ANNOTATIONS, CERTIFICATE_PROPERTIES, SUBJECTS
 from swtpm_prop.tpm.algorithms import BY_NAME, STRONG
 from swtpm_prop.trust import dsse, strict_json
 from swtpm_prop.trust.issuers import Trust
 from swtpm_prop.trust.keys import PrivateKey
-from swtpm_prop.trust.sources import Subject
+from swtpm_prop.trust.sources import NO_ANNOTATIONS, Subject
 from swtpm_prop.trust.strict_json import Object, member
 from swtpm_prop.trust.uri import check_property
 
@@ -116,8 +116,8 @@ def verify(data: bytes, trust: Trust, now: int | None) -> Certificate:
             (2) ``trust.payload-type``; (3) ``trust.statement-type``; (4) ``trust.predicate-type``;
             (5) ``trust.issuer-unknown``; (6) ``trust.signature``; (7) ``trust.uri``, ``trust.properties``,
             ``trust.time``, ``trust.validity``, ``trust.serial``, ``trust.subjects``, ``trust.weak-digest``,
-            ``trust.digest-length``, ``trust.digest-form``, ``trust.contradiction``; (8) ``trust.prefix``;
-            (9) ``trust.expired``, ``trust.not-yet-valid``.
+            ``trust.digest-length``, ``trust.digest-form``, ``trust.annotations``,
+            ``trust.contradiction``; (8) ``trust.prefix``; (9) ``trust.expired``, ``trust.not-yet-valid``.
     """
     # 1, 2
     envelope = _envelope(data)
@@ -181,10 +181,7 @@ def parse_time(text: str) -> int:
 def _statement(claim: Claim, created: int, serial: str) -> Object:
     return {
         "_type": STATEMENT_TYPE,
-        "subject": [
-            {"name": subject.name, "digest": {name: value.hex() for name, value in subject.digests.items()}}
-            for subject in claim.subjects
-        ],
+        "subject": [_descriptor(subject) for subject in claim.subjects],
         "predicateType": PREDICATE_TYPE,
         "predicate": {
             "verifier": {"id": claim.issuer},
@@ -194,6 +191,13 @@ def _statement(claim: Claim, created: int, serial: str) -> Object:
             "serial": serial,
         },
     }
+
+
+def _descriptor(subject: Subject) -> Object:
+    """The subject as in-toto's ResourceDescriptor."""
+    digests = {name: value.hex() for name, value in subject.digests.items()}
+    annotations = {"annotations": dict(subject.annotations)} if subject.annotations else {}
+    return {"name": subject.name, "digest": digests, **annotations}
 
 
 # -- reading ------------------------------------------------------------------------------------
@@ -273,7 +277,18 @@ def _subject(entry: object) -> Subject:
     strong = {algorithm.name: known[algorithm.name] for algorithm in STRONG if algorithm.name in known}
     if not strong:
         raise TrustError("trust.weak-digest", f"subject '{name[:80]}' has no SHA-256, SHA-384 or SHA-512 digest")
-    return Subject(name, strong)
+    return Subject(name, strong, _annotations(entry) if "annotations" in entry else NO_ANNOTATIONS)
+
+
+def _annotations(entry: Object) -> dict[str, str]:
+    annotations = member(entry, "annotations", dict)
+    texts = [*annotations, *annotations.values()]
+    if len(annotations) > ANNOTATIONS or not all(isinstance(t, str) and len(t) <= ANNOTATION_CHARS for t in texts):
+        raise TrustError(
+            "trust.annotations",
+            f"a subject may have {ANNOTATIONS} annotations, each a string of at most {ANNOTATION_CHARS} characters",
+        )
+    return annotations
 
 
 def _digest(algorithm: str, text: object, name: str) -> bytes:
@@ -291,7 +306,7 @@ def _digest(algorithm: str, text: object, name: str) -> bytes:
 def _check_consistent(subjects: Sequence[Subject]) -> None:
     """One digest is one thing: subjects that share a digest agree on every digest of the same algorithm."""
     seen: dict[bytes, dict[str, bytes]] = {}
-    for name, digests in subjects:
+    for name, digests, _ in subjects:
         for value in digests.values():
             others = seen.setdefault(value, {})
             if any(others.setdefault(algorithm, digest) != digest for algorithm, digest in digests.items()):

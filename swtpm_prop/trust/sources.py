@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from swtpm_prop import limits
@@ -34,11 +35,25 @@ _PADDING = bytes(12)
 """A digest that ends so is a shorter one filled up with zeros (a SHA-1 in a SHA-256 bank), not a hash of anything."""
 
 
+NO_ANNOTATIONS: Mapping[str, str] = MappingProxyType({})
+
+COMPONENT = "component"
+VERSION = "version"
+
+
 class Subject(NamedTuple):
-    """One measurable thing: a name for people, and its digests by algorithm name (SHA-256, SHA-384, SHA-512 only)."""
+    """One measurable thing.
+
+    Attributes:
+        name: for people; decides nothing.
+        digests: by algorithm name, SHA-256, SHA-384 and SHA-512 only.
+        annotations: what the issuer adds: COMPONENT and VERSION name the package it is from, so that all versions
+            below one can be revoked together.
+    """
 
     name: str
     digests: Mapping[str, bytes]
+    annotations: Mapping[str, str] = NO_ANNOTATIONS
 
 
 def from_file(path: Path) -> Iterator[Subject]:

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from jsonschema import Draft202012Validator
 
 from swtpm_prop.errors import TrustError
-from swtpm_prop.limits import CERTIFICATE_PROPERTIES
+from swtpm_prop.limits import ANNOTATION_CHARS, ANNOTATIONS, CERTIFICATE_PROPERTIES
 from swtpm_prop.trust import certificate, dsse
 from swtpm_prop.trust.certificate import read, verify
 from swtpm_prop.trust.sources import Subject
@@ -39,6 +39,16 @@ def test_what_is_issued_verifies_and_says_what_was_claimed() -> None:
     assert checked.properties == (BOOT, BOOT + "/x")
     assert (checked.issuer, checked.created) == (certifier.ISSUER, NOW)
     assert (checked.not_before, checked.not_after) == (NOW - 10, NOW + 10)
+
+
+def test_annotations_are_carried_as_they_are() -> None:
+    annotated = subject(b"kernel")._replace(annotations={"component": "linux", "version": "6.1.153-1"})
+    data = issue(annotated, subject(b"initrd"))
+    assert verify(data, trust(), NOW).subjects == (annotated, subject(b"initrd"))
+    first, second = statement(data)["subject"]
+    assert first["annotations"] == {"component": "linux", "version": "6.1.153-1"}
+    assert "annotations" not in second
+    Draft202012Validator(SCHEMA).validate(statement(data))
 
 
 def test_the_id_is_of_the_payload_not_of_the_signatures() -> None:
@@ -68,6 +78,10 @@ def edit_predicate(**to: Any) -> Change:
 
 def edit_digest(**to: Any) -> Change:
     return lambda s: s["subject"][0].update(digest=to)
+
+
+def annotate(annotations: Any) -> Change:
+    return lambda s: s["subject"][0].update(annotations=annotations)
 
 
 def add_subject(**digest: Any) -> Change:
@@ -134,6 +148,13 @@ FORGERIES = [
     (edit_digest(sha256="0x" + "ab" * 31), "trust.digest-form"),
     (edit_digest(sha256=" " + "a" * 63), "trust.digest-form"),
     (edit_digest(sha256=None), "trust.digest-form"),
+    (annotate(["linux"]), "trust.field"),
+    (annotate({"version": 6}), "trust.annotations"),
+    (annotate({"version": {"major": "6"}}), "trust.annotations"),
+    (annotate({"version": None}), "trust.annotations"),
+    (annotate({"version": "6" * (ANNOTATION_CHARS + 1)}), "trust.annotations"),
+    (annotate({"v" * (ANNOTATION_CHARS + 1): "6"}), "trust.annotations"),
+    (annotate({str(n): "" for n in range(ANNOTATIONS + 1)}), "trust.annotations"),
     (add_subject(sha256=KERNEL["sha256"], sha384="00" * 48), "trust.contradiction"),
     (add_subject(sha256="00" * 32, sha512=KERNEL["sha512"]), "trust.contradiction"),
 ]
@@ -156,6 +177,7 @@ EXPRESSIBLE = {
     "trust.weak-digest",
     "trust.digest-length",
     "trust.digest-form",
+    "trust.annotations",
 }
 """What a JSON Schema can say; prefixes, calendars and contradictions it cannot."""
 
