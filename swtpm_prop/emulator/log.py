@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
@@ -18,13 +19,14 @@ class Log:
     """One guest's property log, open for appending."""
 
     def __init__(self, path: str) -> None:
-        """Open the file that the hook created.
+        """Open the file that the hook created, and lock it: that is how the hook sees that the layer is there.
 
         Raises:
             LayerError: ``layer.log-unwritable``.
         """
         try:
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._size = os.fstat(self._file).st_size
         except OSError as error:
             mend = "shut the guest down and start it again; the hook makes this file for the swtpm user"

@@ -13,6 +13,7 @@ _SOURCE = Path(__file__).with_name("qemu")
 def render(python: Path, layout: Layout) -> str:
     """The script's text; ``python`` is an interpreter, by absolute path, that has this package."""
     text = _SOURCE.read_text(encoding="ascii")
-    for name, path in (("@PYTHON@", python), ("@RUN@", layout.run), ("@GUESTS@", layout.guests)):
-        text = text.replace(name, shlex.quote(str(path)))
+    places = {"PYTHON": python, "RUN": layout.run, "GUESTS": layout.guests, "LOGS": layout.logs}
+    for name, path in places.items():
+        text = text.replace(f"@{name}@", shlex.quote(str(path)))
     return text

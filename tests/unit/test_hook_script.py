@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -91,10 +92,28 @@ def test_a_guest_that_did_not_opt_in_never_reaches_python(hook: Hook, operation:
     assert hook.seen() is None
 
 
-@pytest.mark.parametrize("operation", ["start", "started", "stopped", "restore", "migrate", "reconnect", "attach", ""])
+@pytest.mark.parametrize("operation", ["started", "stopped", "restore", "migrate", "reconnect", "attach", ""])
 def test_other_operations_end_at_once(hook: Hook, operation: str) -> None:
     done = hook.call(operation, OPTED_IN * 10000)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert hook.seen() is None
+
+
+def test_a_start_goes_on_only_if_the_layer_holds_its_log(hook: Hook) -> None:
+    assert hook.call("start", OPTED_IN).returncode == 0  # a guest for which nothing was laid out
+    hook.layout.guest_run(UUID).mkdir()
+    hook.layout.logs.mkdir(parents=True)
+    log = hook.layout.guest_log(UUID)
+    for make in (lambda: None, log.touch):
+        make()
+        refused = hook.call("start", OPTED_IN)
+        assert refused.returncode == 1
+        assert "[hook.no-layer]" in refused.stderr
+        assert refused.stderr.count("\n") == 1
+    with log.open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = hook.call("start", OPTED_IN)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert hook.seen() is None
 
 
