@@ -242,9 +242,9 @@ class Demo:
 
     def _host(self, line: str) -> Answer:
         path = f"{Path(sys.prefix) / 'bin'}:{ENVIRONMENT['PATH']}"
-        done = self.host.run(
-            ["env", f"PATH={path}", "bash", "-o", "pipefail", "-c", f"cd /{DESK}; {line}"], check=False
-        )
+        shell = ["env", f"PATH={path}", "bash", "-o", "pipefail", "-c", f"cd /{DESK}; {line}"]
+        # away from the terminal: virsh would look for a polkit agent there
+        done = self.host.run(["setsid", "-w", *shell], check=False)
         return done.returncode, done.stdout + done.stderr
 
     def _guest(self, line: str) -> Answer:
