@@ -56,6 +56,12 @@ EVENT_LOG_BYTES = 16 * 1024 * 1024
 EVENTS = 65536
 """Most records of one event log."""
 
+IMA_LOG_BYTES = 32 * 1024 * 1024
+"""Largest IMA measurement list read; a boot of a small system has 50 kB, a busy desktop after weeks 5 MB."""
+
+IMA_ENTRIES = 200_000
+"""Most entries of one IMA measurement list; a certificate cannot have more subjects."""
+
 IMAGE_BYTES = 1024 * 1024 * 1024
 """Largest PE image read for its Authenticode hash; a unified kernel image has 60 MB."""
 
@@ -79,6 +85,39 @@ CLAIMS_KEPT = 256
 
 CANDIDATES = 4096
 """Most index rows looked at for one measurement; more than this many certificates for one digest is an attack."""
+
+# -- store --------------------------------------------------------------------------------------
+METADATA_BYTES_MOST = 64 * 1024 * 1024
+"""Largest signed metadata of a store; the list of 100,000 certificates has 25 MB."""
+
+ROOT_BYTES = 512 * 1024
+"""Largest root of a store; one with twenty keys has 8 kB."""
+
+TIMESTAMP_BYTES = 16384
+"""Largest timestamp of a store; one with a signature has 500 bytes. It is the first a host fetches, of unknown length."""
+
+SYNC_SECONDS = 3600
+"""Longest a sync may take, with a first download of a gigabyte over a slow line."""
+
+SILENCE_SECONDS = 30
+"""Longest a server of a store may keep silent before it counts as gone."""
+
+ROOT_ROTATIONS = 256
+"""Most roots a host follows in one sync; one a day for most of a year."""
+
+STORE_DAYS = {"root": 365, "targets": 120, "snapshot": 14, "timestamp": 3}
+"""How long what each role of a store signs is good. A host that is cut off, or fed old data, certifies nothing after the
+timestamp's three days; that also survives a weekend without a publisher. Offline keys are fetched from their safe three
+times a year (targets) and once (root)."""
+
+METADATA_KEPT = 4
+"""Generations of metadata a store keeps for hosts that are in the middle of a sync."""
+
+VERSION_CHARS = 256
+"""Longest version of a component; Debian's have 40."""
+
+HOST_BYTES = 65536
+"""Largest host configuration; a full one has 500 bytes."""
 
 # -- layer --------------------------------------------------------------------------------------
 LAYER_BYTES = 65536

@@ -1,4 +1,4 @@
-"""Any input of the event log and PE parsers is parsed, or refused with their one error type; nothing else happens."""
+"""Any event log, IMA list or PE image is parsed, or refused with the one error type; nothing else happens."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from hypothesis import strategies as st
 
 from lab import debian
 from swtpm_prop.errors import TrustError, WireError
-from swtpm_prop.tpm import authenticode, devicepath, eventlog, pe
+from swtpm_prop.tpm import authenticode, devicepath, eventlog, imalog, pe
+from swtpm_prop.tpm.algorithms import SHA256
 from swtpm_prop.tpm.eventlog import Event
 from swtpm_prop.tpm.eventlog_text import TEXT_CHARS, TYPES, describe, type_name
 from swtpm_prop.trust import sources
 
 DATA = Path(__file__).parent.parent / "data"
 LOGS = [path.read_bytes() for path in sorted(DATA.glob("*.eventlog"))]
+IMA_LISTS = [path.read_bytes() for path in sorted(DATA.glob("*.imalog"))]
 BOUNDARIES = [0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF]
 
 
@@ -91,6 +93,29 @@ def test_subjects_of_damaged_event_logs(data: bytes) -> None:
     for subject in subjects:
         assert set(subject.digests) <= {"sha256", "sha384", "sha512"}
         assert subject.name.isprintable()
+
+
+def check_ima_list(data: bytes) -> None:
+    try:
+        entries = imalog.parse(data)
+    except WireError as error:
+        assert error.id.startswith("imalog.")
+        assert error.line().isprintable()
+        return
+    imalog.replay(entries, SHA256)
+    for entry in entries:
+        assert imalog.describe(entry).isprintable()
+
+
+@given(st.binary(max_size=400))
+def test_any_bytes_as_ima_list(data: bytes) -> None:
+    check_ima_list(data)
+
+
+@given(damaged(IMA_LISTS, 4000))
+@settings(max_examples=300)
+def test_damaged_ima_lists(data: bytes) -> None:
+    check_ima_list(data)
 
 
 def images() -> list[bytes]:
