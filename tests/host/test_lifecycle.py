@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import stat
 import threading
 from collections.abc import Iterator
 from copy import deepcopy
@@ -140,7 +141,14 @@ def test_reset(life: Life):
 
 
 def test_shutdown_and_start(life: Life):
-    life.check()
+    uuid, layout = life.machine.domain.uuid, Layout()
+    files = {path.name for path in at(life.home, layout.guest_run(uuid)).iterdir()}
+    assert files == {"layer.json", "pcr-banks"}
+    # swtpm's user reads what is its own and what is everybody's, and writes its log alone
+    assert access(life.home, layout.guest_run(uuid)) == ("root", "tss", 0o750)
+    assert access(life.home, layout.guest_run(uuid) / "layer.json") == ("root", "tss", 0o640)
+    assert access(life.home, layout.guest_log(uuid)) == ("tss", "tss", 0o640)
+    assert access(life.home, layout.guest_marker(uuid)) == ("root", "root", 0o644)
     log = at(life.home, Layout().guest_log(life.machine.domain.uuid))
     earlier = log.read_bytes()
     life.machine.power_off()
@@ -149,6 +157,12 @@ def test_shutdown_and_start(life: Life):
     life.restarted()
     assert life.events() == ["startup"]
     assert Path(f"{log}.1").read_bytes() == earlier
+
+
+def access(host: Host, path: Path) -> tuple[str, str, int]:
+    """Owner, group and mode."""
+    here = at(host, path)
+    return here.owner(), here.group(), stat.S_IMODE(here.stat().st_mode)
 
 
 def test_save_and_restore(life: Life):

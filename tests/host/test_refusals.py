@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -87,10 +88,11 @@ HOSTILE_METADATA = {
     "reversed range": (vtpm(BANK.replace("0-9", "9-0")), "domain.pcrs"),
     "doubled bank": (vtpm(BANK + BANK), "domain.bank-doubled"),
     "line break in a property": (vtpm(BANK.replace(PROPERTY, f"{PROPERTY}&#10;x")), "domain.property"),
-    "too big": (vtpm(BANK.replace(PROPERTY, PROPERTY + "x" * 100_000)), "domain.size"),
+    "too big": (vtpm(BANK.replace(PROPERTY, PROPERTY + "x" * 3_000_000)), "domain.size"),
     "custody": (vtpm(f'{BANK}<custody host-property="{PROPERTY}"/>'), "domain.custody-unsupported"),
     "attested migration": (vtpm(f'{BANK}<migration allow="attested"/>'), "domain.custody-unsupported"),
     "inside another's": (f'<x xmlns="urn:other">{vtpm()}</x>', "domain.misplaced"),
+    "two inside another's": (f'<x xmlns="urn:other">{vtpm()}{vtpm()}</x>', "domain.misplaced"),
     "beside another version": (vtpm() + vtpm(namespace="urn:swtpm-prop:domain:2"), "domain.namespace"),
 }
 
@@ -112,16 +114,27 @@ def test_mended_metadata(host: Host, define: Define):
     starts(machine)
 
 
-def test_a_document_type_never_gets_past_libvirt(host: Host):
-    xml = Domain(name="doctype", metadata=vtpm('<bank algorithm="&a;"/>')).xml()
-    host.put("/run/doctype.xml", '<!DOCTYPE domain [<!ENTITY a "sha384">]>' + xml)
-    # libvirt itself expands the entity or refuses; what it keeps for the hook has no declaration any more
-    done = host.run(["virsh", "-q", "-c", "qemu:///system", "define", "/run/doctype.xml"], check=False)
-    if done.returncode == 0:
-        kept = host.virsh("dumpxml", "doctype")
-        host.virsh("undefine", "doctype")
-        assert "DOCTYPE" not in kept
-        assert "ENTITY" not in kept
+def test_a_document_type_does_not_get_past_libvirt(host: Host, guest: Machine):
+    """libvirt keeps the reference without the declaration; it cannot read its own copy, and starts nothing."""
+    xml = guest.domain.xml().replace('"sha384"', '"&bank;"')
+    host.put("/run/doctype.xml", '<!DOCTYPE domain [<!ENTITY bank "sha384">]>' + xml)
+    host.virsh("define", "/run/doctype.xml")
+    with pytest.raises(LabError, match="Entity 'bank' not defined"):
+        host.virsh("start", "--paused", guest.domain.uuid)
+    check_nothing_left(guest)
+    guest.define()
+    starts(guest)
+
+
+def test_of_two_elements_libvirt_keeps_the_first(host: Host, define: Define):
+    machine = define(host, Domain(name="doubled", metadata=vtpm() + vtpm("")))
+    starts(machine)
+
+
+def test_ten_megabytes_do_not_get_past_libvirt(host: Host):
+    huge = vtpm(BANK.replace(PROPERTY, PROPERTY + "x" * 10_000_000))
+    with pytest.raises(LabError, match="Unable to encode message payload"):
+        Machine(host, Domain(name="huge", metadata=huge)).define()
 
 
 # -- names --------------------------------------------------------------------------------------
@@ -136,7 +149,7 @@ def test_hostile_names(host: Host, product: Product, define: Define, name: str):
     with index_away(host):
         refused(machine, "store.index-missing")
     starts(machine)
-    assert name.isprintable() or name not in host.cli("domain", "show", "--", name).stdout
+    assert json.loads(host.cli("domain", "show", "--json", "--", name).stdout)["name"] == name
 
 
 def test_a_name_like_the_uuid_of_an_opted_in_guest(host: Host, guest: Machine, define: Define):
