@@ -5,28 +5,18 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing, contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 from swtpm_prop.errors import StoreError
 from swtpm_prop.limits import CANDIDATES
+from swtpm_prop.trust import tables
 from swtpm_prop.trust.certificate import Certificate
-from swtpm_prop.trust.index import (
-    APPLICATION_ID,
-    FORMAT,
-    LAYOUTS,
-    SLOT_ROWS,
-    Index,
-    checksum,
-    number,
-    pack,
-    slot,
-)
-
-Report = Callable[[str, int], None]
-"""What is being done, in words for people, and how many digests are done."""
+from swtpm_prop.trust.index import Index, slot
+from swtpm_prop.trust.tables import Report
 
 
 class Summary(NamedTuple):
@@ -52,12 +42,84 @@ def build(path: Path, certificates: Iterable[Certificate], expires: int | None, 
             certificate and no ``expires``), ``store.collision``, ``store.candidates``.
         Error: whatever ``certificates`` raises.
     """
+    with _replacing(path) as new, _writing(new) as db:
+        db.executescript(tables.SCHEMA)
+        # One transaction: SQLite's change counter, and with it the bytes, depend on nothing else.
+        db.execute("BEGIN")
+        entries = tables.fill(db, certificates, expires, report)
+        db.execute("COMMIT")
+        report("checking", entries)
+        if db.execute("PRAGMA integrity_check").fetchone() != ("ok",):
+            raise StoreError("store.write", "SQLite built a file that it does not accept", "check disk and memory")
+    return _summary(path)
+
+
+def update(
+    path: Path, added: Iterable[Certificate], removed_ids: Collection[str], expires: int | None, report: Report
+) -> Summary:
+    """Replace the index at ``path`` by a copy in which only what changed is written; else as `build`.
+
+    It then holds, row for row, what `build` would make of the same certificates: those that `held` names without
+    ``removed_ids``, and ``added``. One that is there already is not added, one that is not there is not removed. If
+    nothing changes, nothing is written. Where there is no usable index `held` is empty: then ``added`` is all there is,
+    and the index is built from it.
+
+    Args:
+        path: as in `build`.
+        added: verified certificates, taken one by one.
+        removed_ids: ids of certificates.
+        expires: as in `build`.
+        report: called as it goes.
+
+    Raises:
+        StoreError: as `build`, and ``store.index-missing``, ``store.index-unreadable``, ``store.index-format``,
+            ``store.index-corrupt``: there is nothing to remove from, or what has to change is damaged; the index must
+            be built from all certificates.
+        Error: whatever ``added`` raises.
+    """
+    coming = iter(added)
+    first = list(islice(coming, 1))
+    try:
+        base = _summary(path)
+    except StoreError:
+        if removed_ids:
+            raise
+        return build(path, chain(first, coming), expires, report)
+    if not first and not removed_ids and expires == base.expires:
+        return base
+    with _replacing(path) as new:
+        report("copying", 0)
+        _copy(path, new)
+        with _writing(new) as db:
+            db.execute("BEGIN")
+            tables.change(db, chain(first, coming), removed_ids, expires, report)
+            db.execute("COMMIT")
+    return _summary(path)
+
+
+def held(path: Path) -> frozenset[str]:
+    """The ids of the certificates in the index at ``path``; none if there is no usable index."""
+    try:
+        with closing(Index.open(str(path))) as index:
+            return frozenset(index.ids())
+    except StoreError:
+        return frozenset()
+
+
+def _summary(path: Path) -> Summary:
+    with closing(Index.open(str(path))) as index:
+        return Summary(index.certificates, index.entries, index.expires, path.stat().st_size)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write the new index to; it takes its place unless something is raised."""
     with _exclusive(path.parent) as directory:
         new = path.with_name(f".{path.name}.new")
         # A build that was killed left it, for there is none running now.
         new.unlink(missing_ok=True)
         try:
-            summary = _write(new, certificates, expires, report)
+            yield new
             _settle(new)
             new.replace(path)
             os.fsync(directory)
@@ -65,7 +127,6 @@ def build(path: Path, certificates: Iterable[Certificate], expires: int | None, 
             raise _failed(error) from error
         finally:
             new.unlink(missing_ok=True)
-    return summary
 
 
 @contextmanager
@@ -83,107 +144,26 @@ def _exclusive(directory: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _write(new: Path, certificates: Iterable[Certificate], expires: int | None, report: Report) -> Summary:
+@contextmanager
+def _writing(new: Path) -> Iterator[sqlite3.Connection]:
+    """A connection without any safety of its own, for a file that counts only once it is whole."""
     try:
         with closing(sqlite3.connect(new, isolation_level=None)) as db:
             db.create_function("slot", 1, slot, deterministic=True)
-            db.executescript(_SCHEMA)
-            # One transaction: SQLite's change counter, and with it the bytes, depend on nothing else.
-            db.execute("BEGIN")
-            staged = _stage(db, certificates, report)
-            report("sorting", staged)
-            _arrange(db)
-            meta = _describe(db, expires)
-            db.execute("COMMIT")
-            report("checking", staged)
-            if db.execute("PRAGMA integrity_check").fetchone() != ("ok",):
-                raise StoreError("store.write", "SQLite built a file that it does not accept", "check disk and memory")
+            db.executescript(tables.STAGING)
+            yield db
     except sqlite3.Error as error:
         raise _failed(error) from error
-    return Summary(*meta, size=new.stat().st_size)
 
 
-_SCHEMA = f"""
-    PRAGMA page_size = 4096;
-    PRAGMA application_id = {APPLICATION_ID};
-    PRAGMA user_version = {FORMAT};
-    PRAGMA journal_mode = OFF;
-    PRAGMA synchronous = OFF;
-    CREATE TABLE meta (expires INTEGER, entries INTEGER, certificates INTEGER, checksum BLOB) STRICT;
-    CREATE TABLE certificate (
-        number INTEGER PRIMARY KEY, id TEXT, issuer TEXT, not_before INTEGER, not_after INTEGER, properties TEXT,
-        checksum BLOB
-    ) STRICT;
-    CREATE TABLE entry (id INTEGER PRIMARY KEY, digests BLOB, certificate INTEGER) STRICT;
-    CREATE TABLE alias (id INTEGER PRIMARY KEY, entry INTEGER) STRICT;
-    CREATE TEMP TABLE staged (slot INTEGER, digests BLOB, certificate INTEGER);
-"""
+def _copy(path: Path, new: Path) -> None:
+    """The kernel copies, or shares the blocks where the file system can."""
+    with path.open("rb") as old, new.open("xb") as copy:
+        while os.copy_file_range(old.fileno(), copy.fileno(), _COPY_BYTES):
+            pass
 
 
-def _stage(db: sqlite3.Connection, certificates: Iterable[Certificate], report: Report) -> int:
-    """Take the certificates in any order; return how many subjects they have."""
-    staged = 0
-    rows: dict[int, tuple[str, str, int, int, str]] = {}
-    for certificate in certificates:
-        at = number(certificate.id)
-        known = rows.get(at)
-        if known is not None and known[0] != certificate.id:
-            raise StoreError(
-                "store.collision", f"certificates {known[0]} and {certificate.id} begin with the same bits"
-            )
-        if known is not None:
-            continue
-        properties = "\n".join(sorted(certificate.properties))
-        rows[at] = (certificate.id, certificate.issuer, certificate.not_before, certificate.not_after, properties)
-        packed = (pack(subject.digests) for subject in certificate.subjects)
-        db.executemany("INSERT INTO staged VALUES (?, ?, ?)", ((slot(digests), digests, at) for digests in packed))
-        staged += len(certificate.subjects)
-        report("reading certificates", staged)
-    checked = ((at, *row, checksum(at, *row)) for at, row in sorted(rows.items()))
-    db.executemany("INSERT INTO certificate VALUES (?, ?, ?, ?, ?, ?, ?)", checked)
-    return staged
-
-
-def _arrange(db: sqlite3.Connection) -> None:
-    """Number the rows of each slot and write them in the order of their numbers, which fills the pages."""
-    try:
-        db.execute(
-            """INSERT INTO entry
-               SELECT slot + row_number() OVER (PARTITION BY slot ORDER BY digests, certificate) - 1,
-                      digests, certificate
-               FROM (SELECT DISTINCT slot, digests, certificate FROM staged) ORDER BY 1"""
-        )
-        db.execute(
-            f"""INSERT INTO alias
-                SELECT slot + row_number() OVER (PARTITION BY slot ORDER BY entry) - 1, entry
-                FROM ({_SECONDARY}) ORDER BY 1"""  # noqa: S608 - made of constants alone
-        )
-    except sqlite3.IntegrityError:
-        raise _crowded() from None
-    for table in ("entry", "alias"):
-        most = db.execute(f"SELECT max(id & {SLOT_ROWS - 1}) FROM {table}").fetchone()[0]  # noqa: S608 - constants
-        if most is not None and most >= CANDIDATES:
-            raise _crowded()
-
-
-_SECONDARY = " UNION ALL ".join(
-    f"SELECT slot(substr(digests, {begin + 1}, {end - begin})) AS slot, id AS entry FROM entry "  # noqa: S608
-    f"WHERE length(digests) = {length}"
-    for length, parts in LAYOUTS.items()
-    for _, begin, end in parts[1:]
-)
-"""Slots of the digests that do not number the row."""
-
-
-def _describe(db: sqlite3.Connection, expires: int | None) -> tuple[int, int, int]:
-    certificates, latest = db.execute("SELECT count(*), max(not_after) FROM certificate").fetchone()
-    entries = db.execute("SELECT count(*) FROM entry").fetchone()[0]
-    until = latest if expires is None else expires
-    if until is None:
-        raise StoreError("store.no-expiry", "an index without certificates needs an end of its own", "give --expires")
-    row = (until, entries, certificates)
-    db.execute("INSERT INTO meta VALUES (?, ?, ?, ?)", (*row, checksum(*row)))
-    return certificates, entries, until
+_COPY_BYTES = 1 << 30
 
 
 def _settle(new: Path) -> None:
@@ -194,13 +174,14 @@ def _settle(new: Path) -> None:
     Index.open(str(new)).close()
 
 
-def _crowded() -> StoreError:
-    return StoreError(
-        "store.candidates",
-        f"more than {CANDIDATES} entries for one digest",
-        "find the issuer that certifies one thing so often and take it from the trust file",
-    )
-
-
 def _failed(error: Exception) -> StoreError:
+    code = getattr(error, "sqlite_errorcode", 0)
+    if code == sqlite3.SQLITE_CONSTRAINT_CHECK:
+        return StoreError(
+            "store.candidates",
+            f"more than {CANDIDATES} entries for one digest",
+            "find the issuer that certifies one thing so often and take it from the trust file",
+        )
+    if code & 0xFF == sqlite3.SQLITE_CORRUPT:
+        return tables.damaged(str(error))
     return StoreError("store.write", f"the index cannot be written: {error}")

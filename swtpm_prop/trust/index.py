@@ -185,6 +185,18 @@ class Index:
         except _FAULTS as error:
             raise _damaged(str(error)) from error
 
+    def ids(self) -> Iterator[str]:
+        """The id of every certificate.
+
+        Raises:
+            StoreError: ``store.index-corrupt``.
+        """
+        try:
+            for (id,) in self._connection().execute("SELECT id FROM certificate ORDER BY number"):
+                yield id
+        except _FAULTS as error:
+            raise _damaged(str(error)) from error
+
     # -- judging --------------------------------------------------------------------------------
 
     def _judge(self, properties: Sequence[str], measured: Mapping[str, bytes], now: int) -> Verdict:
