@@ -323,6 +323,26 @@ def test_start_script_missing(host: Host, guest: Machine, name: str):
     starts(guest)
 
 
+def test_bank_that_swtpm_setup_did_not_activate(host: Host, product: Product, direct: Domain, define: Define):
+    """The daemon goes on using Debian's, which it found once: the TPM fails, and the next start activates the bank."""
+    script = at(host, Layout().libexec / "swtpm_setup")
+    machine = define(host, replace(direct, name="inactive", metadata=vtpm(), banks=()))
+    script.rename(script.with_name("away"))
+    refused(machine, "host.swtpm-path")
+    script.with_name("away").rename(script)
+    machine.boot()
+    status, said = machine.console.run("tpm2_pcrextend 0:sha256=" + "00" * 32)
+    assert status != 0, said
+    done = host.cli("domain", "status", "--json", machine.domain.name, check=False)
+    assert done.returncode == 1
+    assert "[layer.bank-inactive]" in json.loads(done.stdout)["failure"]
+    machine.destroy()
+    machine.boot()
+    assert set(product.status(machine).values()) == {"broken", "unmeasured"}
+    machine.console.check("tpm2_pcrextend 0:sha256=" + "00" * 32)
+    host.libvirtd.restart()
+
+
 def test_daemon_not_restarted_since_the_installation(host: Host, guest: Machine):
     host.libvirtd.stop()
     host.libvirtd.start(ENVIRONMENT["PATH"])
