@@ -45,22 +45,17 @@ class Layer:
 
     def _run(self, steps: translation.Steps) -> bytes:
         try:
-            outcome = self._drive(steps)
+            command = next(steps)
+            while True:
+                command = steps.send(self._execute(command))
+        except StopIteration as done:
+            outcome: translation.Outcome = done.value
         except Exception as error:
             id, what = (error.id, error.what) if isinstance(error, Error) else ("layer.python", repr(error))
             self._log.write((record.failure(id, what),))
             raise
         self._log.write(outcome.records)
         return outcome.response
-
-    def _drive(self, steps: translation.Steps) -> translation.Outcome:
-        try:
-            command = next(steps)
-            while True:
-                command = steps.send(self._execute(command))
-        except StopIteration as done:
-            outcome: translation.Outcome = done.value
-            return outcome
 
     def _judge(self, bank: Bank, measured: Mapping[str, bytes]) -> Verdict:
         self._index.refresh()

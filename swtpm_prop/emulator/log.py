@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import time
 from collections.abc import Iterable
@@ -11,8 +10,6 @@ from collections.abc import Iterable
 from swtpm_prop.errors import LayerError
 from swtpm_prop.limits import LOG_BYTES
 from swtpm_prop.translate.record import Record, failure
-
-_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Log:
@@ -35,6 +32,7 @@ class Log:
         self._number = 0
         self._torn = False
         self._full = False
+        self._now = (0, "")
 
     def write(self, records: Iterable[Record]) -> None:
         """Append records, each with one write; what cannot be written is lost, and the TPM goes on."""
@@ -48,8 +46,14 @@ class Log:
             self._append(line)
 
     def _line(self, record: Record) -> bytes:
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return (_encode(record.to_json(self._number, now)) + "\n").encode()
+        return (record.to_line(self._number, self._time()) + "\n").encode()
+
+    def _time(self) -> str:
+        """The time of day, formatted once in a second."""
+        second = int(time.time())
+        if second != self._now[0]:
+            self._now = second, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))
+        return self._now[1]
 
     def _append(self, line: bytes) -> None:
         """After a torn write (a full disk) the next record begins on a line of its own."""

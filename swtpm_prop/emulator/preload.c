@@ -43,6 +43,7 @@ static main_init_function *real_main_init;
 static choose_function *real_choose;
 
 static PyObject *layer;
+static PyObject *process;
 static uint32_t codes[MAX_CODES];
 static size_t code_count;
 static bool failed;
@@ -172,7 +173,7 @@ INTERPOSED TPM_RESULT TPMLIB_Process(unsigned char **response, uint32_t *size, u
 	uint32_t code = command_code(command, command_size);
 	TPM_RESULT result = TPM_FAIL;
 	PyGILState_STATE state;
-	PyObject *bytes;
+	PyObject *request, *bytes;
 
 	if (failed && among(code, changes_pcr, Py_ARRAY_LENGTH(changes_pcr)))
 		return answer(response, size, capacity, rc_failure, sizeof(rc_failure));
@@ -180,7 +181,8 @@ INTERPOSED TPM_RESULT TPMLIB_Process(unsigned char **response, uint32_t *size, u
 		return real_process(response, size, capacity, command, command_size);
 
 	state = PyGILState_Ensure();
-	bytes = PyObject_CallMethod(layer, "process", "y#", command, (Py_ssize_t)command_size);
+	request = PyBytes_FromStringAndSize((const char *)command, command_size);
+	bytes = request ? PyObject_CallOneArg(process, request) : NULL;
 	if (bytes && PyBytes_Check(bytes))
 		result = answer(response, size, capacity, PyBytes_AS_STRING(bytes), (size_t)PyBytes_GET_SIZE(bytes));
 	if (result != TPM_SUCCESS) {
@@ -188,6 +190,7 @@ INTERPOSED TPM_RESULT TPMLIB_Process(unsigned char **response, uint32_t *size, u
 		result = answer(response, size, capacity, rc_failure, sizeof(rc_failure));
 	}
 	Py_XDECREF(bytes);
+	Py_XDECREF(request);
 	PyGILState_Release(state);
 	return result;
 }
@@ -321,7 +324,8 @@ static void start_layer(const char *path)
 	if (!callable || !module)
 		refuse_exception();
 	layer = PyObject_CallMethod(module, "start", "sO", path, callable);
-	if (!layer)
+	process = layer ? PyObject_GetAttrString(layer, "process") : NULL;
+	if (!process)
 		refuse_exception();
 	take_codes();
 	Py_DECREF(module);

@@ -42,3 +42,7 @@ class Digest(NamedTuple):
 
     algorithm: HashAlgorithm
     value: bytes
+
+
+Digests = tuple[tuple[HashAlgorithm, bytes], ...]
+"""The digests of a command, each a pair as `Digest` is one."""

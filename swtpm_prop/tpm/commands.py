@@ -7,12 +7,11 @@ for, otherwise ``WireError``. Codes and structures: TPM 2.0 Library, part 2 sect
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from swtpm_prop.errors import WireError
 from swtpm_prop.limits import COMMAND_BYTES, EVENT_BYTES, EXTEND_DIGESTS
-from swtpm_prop.tpm.algorithms import BY_WIRE, Digest
+from swtpm_prop.tpm.algorithms import ALGORITHMS, BY_WIRE, Digest, Digests, HashAlgorithm
 
 NO_SESSIONS = 0x8001
 SESSIONS = 0x8002
@@ -28,6 +27,7 @@ RC_SUCCESS = 0x000
 RC_RETRY = 0x922
 RS_PW = 0x40000009
 
+_SUCCESS = RC_SUCCESS.to_bytes(4, "big")
 _HEADER = struct.Struct(">HII")
 _FRONTS = {1: struct.Struct(">HIIII"), 2: struct.Struct(">HIIIII")}
 """Header, handles and authorizationSize by the number of handles."""
@@ -65,7 +65,7 @@ class Command(NamedTuple):
     def with_parameters(self, parameters: bytes) -> bytes:
         """The same command bytes with other parameters and the size that follows from them."""
         size = len(self.front) + len(parameters)
-        return self.front[:2] + struct.pack(">I", size) + self.front[6:] + parameters
+        return self.front[:2] + size.to_bytes(4, "big") + self.front[6:] + parameters
 
 
 class Reader:
@@ -114,6 +114,11 @@ def response_code(response: bytes) -> int:
     return int.from_bytes(response[6:10], "big")
 
 
+def succeeded(response: bytes) -> bool:
+    """True for TPM_RC_SUCCESS."""
+    return response[6:10] == _SUCCESS
+
+
 def parse_command(command: bytes, handles: int) -> Command:
     """Take a command with sessions apart.
 
@@ -147,8 +152,45 @@ def _parse_area(area: bytes) -> tuple[Authorisation, ...]:
     return tuple(authorisations)
 
 
-def parse_digests(parameters: bytes) -> tuple[Digest, ...]:
+class _DigestList(NamedTuple):
+    """A digest list of these algorithms.
+
+    Attributes:
+        fields: tag and value in turn; the first tag is the count and the first algorithm, the others are algorithms.
+        tags: what the tags must be.
+    """
+
+    algorithms: tuple[HashAlgorithm, ...]
+    fields: struct.Struct
+    tags: tuple[bytes, ...]
+
+
+def _ordered_lists() -> dict[int, _DigestList]:
+    """Each choice of algorithms in the order that firmware and kernels use, by its length in bytes, its own alone."""
+    lists = {}
+    for choice in range(1, 1 << len(ALGORITHMS)):
+        chosen = tuple(a for bit, a in enumerate(ALGORITHMS) if choice >> bit & 1)
+        first, *others = (algorithm.wire for algorithm in chosen)
+        fields = struct.Struct("6s" + "s2s".join(str(algorithm.size) for algorithm in chosen) + "s")
+        lists[fields.size] = _DigestList(chosen, fields, (struct.pack(">I", len(chosen)) + first, *others))
+    return lists
+
+
+_ORDERED_LISTS = _ordered_lists()
+
+
+def parse_digests(parameters: bytes) -> Digests:
     """TPML_DIGEST_VALUES as the only parameter: at most four digests of known algorithms, nothing behind."""
+    ordered = _ORDERED_LISTS.get(len(parameters))
+    if ordered is not None:
+        fields = ordered.fields.unpack(parameters)
+        if fields[::2] == ordered.tags:
+            return tuple(zip(ordered.algorithms, fields[1::2]))  # noqa: B905 - as many by construction
+    return _parse_any_digests(parameters)
+
+
+def _parse_any_digests(parameters: bytes) -> Digests:
+    """Digest by digest, whatever their order and number."""
     count = int.from_bytes(parameters[:4], "big")
     if count > EXTEND_DIGESTS:
         raise WireError("wire.digest-count", f"{count} digests, at most {EXTEND_DIGESTS}")
@@ -166,12 +208,9 @@ def parse_digests(parameters: bytes) -> tuple[Digest, ...]:
     return tuple(digests)
 
 
-def build_digests(digests: Sequence[Digest]) -> bytes:
+def build_digests(digests: Digests) -> bytes:
     """TPML_DIGEST_VALUES (part 2 section 10.9.6)."""
-    parts = [struct.pack(">I", len(digests))]
-    for algorithm, value in digests:
-        parts += (algorithm.wire, value)
-    return b"".join(parts)
+    return len(digests).to_bytes(4, "big") + b"".join([algorithm.wire + value for algorithm, value in digests])
 
 
 def parse_event(parameters: bytes) -> bytes:
@@ -184,13 +223,13 @@ def parse_event(parameters: bytes) -> bytes:
     return data
 
 
-def build_pcr_extend(pcr: int, digests: Sequence[Digest]) -> bytes:
+def build_pcr_extend(pcr: int, digests: Digests) -> bytes:
     """TPM2_PCR_Extend (part 3 section 22.2) authorised by the empty password."""
     body = struct.pack(">II", pcr, len(_EMPTY_PASSWORD)) + _EMPTY_PASSWORD + build_digests(digests)
     return _HEADER.pack(SESSIONS, _HEADER.size + len(body), CC_PCR_EXTEND) + body
 
 
-def build_event_response(extended: bytes, digests: Sequence[Digest]) -> bytes:
+def build_event_response(extended: bytes, digests: Digests) -> bytes:
     """The answer of TPM2_PCR_Event, made from the successful answer of the PCR_Extend that stood in for it.
 
     A response with sessions is header, parameterSize (4 bytes), parameters, authorisations (part 1 section 18.9):

@@ -55,22 +55,24 @@ def parse_pcr_read(response: bytes, selection: Selection) -> list[bytes] | None:
     Raises:
         WireError: the answer is malformed; the TPM is libtpms, so that is a fault, not an attack.
     """
-    echo = build_selection(selection)
-    start = _READ_ECHO + len(echo)
-    if response[_READ_ECHO:start] != echo:
+    echo, fields, count = _answer(selection)
+    if not response.startswith(echo, _READ_ECHO):
         return None
-    sizes = [algorithm.size for algorithm, pcrs in selection for _ in pcrs]
-    if int.from_bytes(response[start : start + 4], "big") != len(sizes):
+    if len(response) != fields.size:
+        raise WireError("wire.pcr-read", f"PCR_Read answered {len(response)} bytes instead of {fields.size}")
+    counted, *values = fields.unpack(response)
+    if counted != count:
         raise WireError("wire.pcr-read", "a PCR_Read answer without a value for each PCR")
-    values = []
-    offset = start + 4
-    for size in sizes:
-        offset += 2
-        values.append(response[offset : offset + size])
-        offset += size
-    if offset != len(response):
-        raise WireError("wire.pcr-read", f"PCR_Read answered {len(response)} bytes instead of {offset}")
     return values
+
+
+@cache
+def _answer(selection: Selection) -> tuple[bytes, struct.Struct, int]:
+    """The selection in an answer; number of values and the values, each a TPM2B; how many they must be."""
+    echo = build_selection(selection)
+    sizes = [algorithm.size for algorithm, pcrs in selection for _ in pcrs]
+    fields = struct.Struct(f">{_READ_ECHO + len(echo)}xI" + "".join(f"2x{size}s" for size in sizes))
+    return echo, fields, len(sizes)
 
 
 def hide_banks(response: bytes, hidden: Iterable[HashAlgorithm]) -> bytes:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from swtpm_prop.errors import LayerError, WireError
 from swtpm_prop.limits import EXTEND_DIGESTS, OWN_TRIES
 from swtpm_prop.tpm import commands as tpm
-from swtpm_prop.tpm.algorithms import ALGORITHMS, Digest
+from swtpm_prop.tpm.algorithms import ALGORITHMS, Digest, Digests, HashAlgorithm
 from swtpm_prop.tpm.pcr import READ_PCRS, Selection, build_pcr_read, hide_banks, parse_pcr_read
 from swtpm_prop.translate import record
 from swtpm_prop.translate.policy import BROKEN, HELD, UNMEASURED, Bank, broken_digest, held_digest, state
@@ -60,23 +60,20 @@ def handle(command: bytes, banks: Banks, judge: Judge) -> Steps:
     """
     code = tpm.command_code(command)
     if code == tpm.CC_PCR_EXTEND:
-        return (yield from _extend(command, banks, judge))
+        return _extend(command, banks, judge)
     if code == tpm.CC_PCR_EVENT:
-        return (yield from _event(command, banks, judge))
+        return _event(command, banks, judge)
     if code == tpm.CC_EVENT_SEQUENCE_COMPLETE:
-        return (yield from _pass_and_break(command, "EventSequenceComplete", banks))
+        return _pass_and_break(command, "EventSequenceComplete", banks)
     if code == tpm.CC_STARTUP:
-        return (yield from _startup(command, banks))
-    response = yield command
-    if code == tpm.CC_GET_CAPABILITY:
-        return Outcome(hide_banks(response, [bank.algorithm for bank in banks if not bank.visible]))
-    return Outcome(response)
+        return _startup(command, banks)
+    return _show(command, [bank.algorithm for bank in banks if not bank.visible and code == tpm.CC_GET_CAPABILITY])
 
 
 def resumed(banks: Banks) -> Steps:
     """Look at the PCRs after a state was loaded; a TPM that waits for its Startup has none to look at."""
     first = yield build_pcr_read(((banks[0].algorithm, (0,)),))
-    if tpm.response_code(first) != tpm.RC_SUCCESS:
+    if not tpm.succeeded(first):
         return Outcome(first)
     return Outcome(first, ((yield from _snapshot(record.RESUME, banks)),))
 
@@ -91,44 +88,42 @@ def _extend(command: bytes, banks: Banks, judge: Judge) -> Steps:
     except WireError:
         return (yield from _pass_and_break(command, "PCR_Extend", banks))
     pcr = parsed.handles[0]
-    touched = _touched(banks, pcr)
-    if not touched or not digests:
+    target = _target(banks, pcr)
+    if not target.banks or not digests:
         return Outcome((yield command))
     if not parsed.plain_password:
-        return (yield from _extend_by_session(command, pcr, digests, touched, judge))
-    translated = yield from _translate("PCR_Extend", pcr, digests, touched, judge)
-    if translated is None:
+        return (yield from _extend_by_session(command, pcr, digests, target.banks, judge))
+    values = _values((yield target.read), target.selection)
+    if values is None:
         return (yield from _pass_and_break(command, "PCR_Extend", banks))
-    return (yield from _extend_by_password(parsed, pcr, translated))
-
-
-def _extend_by_password(parsed: tpm.Command, pcr: int, translated: _Translated) -> Steps:
-    """The same command with other digests; where they would be more than the TPM takes, a second command."""
-    fits = len(translated.raw) + len(translated.own) <= EXTEND_DIGESTS
-    first = translated.raw + translated.own if fits else translated.raw
-    response = yield parsed.with_parameters(tpm.build_digests(first))
-    if tpm.response_code(response) != tpm.RC_SUCCESS:
+    raw, own, records = _translate("PCR_Extend", pcr, digests, target, values, judge)
+    # Where they would be more digests than the TPM takes, a second command.
+    fits = len(raw) + len(own) <= EXTEND_DIGESTS
+    response = yield parsed.with_parameters(tpm.build_digests(raw + own if fits else raw))
+    if not tpm.succeeded(response):
         return Outcome(response)
     if not fits:
-        yield from _own_extend(pcr, translated.own)
-    return Outcome(response, translated.records)
+        yield from _own_extend(pcr, own)
+    return Outcome(response, records)
 
 
-def _extend_by_session(command: bytes, pcr: int, digests: tuple[Digest, ...], touched: Banks, judge: Judge) -> Steps:
+def _extend_by_session(command: bytes, pcr: int, digests: Digests, touched: Banks, judge: Judge) -> Steps:
     """Executed as it is: its authorisation covers the digests. Only a hidden bank that it leaves alone may follow."""
     response = yield command
-    if tpm.response_code(response) != tpm.RC_SUCCESS:
+    if not tpm.succeeded(response):
         return Outcome(response)
-    named = {digest.algorithm for digest in digests}
+    named = {algorithm for algorithm, _ in digests}
     follow = tuple(bank for bank in touched if not bank.visible and bank.algorithm not in named)
     broken = tuple(bank for bank in touched if bank not in follow)
     records = yield from _break("PCR_Extend", pcr, digests, broken)
     if follow:
-        translated = yield from _translate("PCR_Extend", pcr, digests, follow, judge)
-        if translated is None:
+        target = _target(follow, pcr)
+        values = _values((yield target.read), target.selection)
+        if values is None:
             raise LayerError("layer.pcr-read", f"PCR {pcr} cannot be read after it was extended")
-        yield from _own_extend(pcr, translated.own)
-        records += translated.records
+        _, own, translated = _translate("PCR_Extend", pcr, digests, target, values, judge)
+        yield from _own_extend(pcr, own)
+        records += translated
     return Outcome(response, records)
 
 
@@ -140,66 +135,81 @@ def _event(command: bytes, banks: Banks, judge: Judge) -> Steps:
     except WireError:
         return (yield from _pass_and_break(command, "PCR_Event", banks))
     pcr = parsed.handles[0]
-    touched = _touched(banks, pcr)
-    if not touched or not parsed.plain_password:
+    target = _target(banks, pcr)
+    if not target.banks or not parsed.plain_password:
+        return (yield from _pass_and_break(command, "PCR_Event", banks))
+    values = _values((yield target.read), target.selection)
+    if values is None:
         return (yield from _pass_and_break(command, "PCR_Event", banks))
     digests = tuple(Digest(a, hashlib.new(a.name, data).digest()) for a in ALGORITHMS)
-    translated = yield from _translate("PCR_Event", pcr, digests, touched, judge)
-    if translated is None:
-        return (yield from _pass_and_break(command, "PCR_Event", banks))
+    raw, own, records = _translate("PCR_Event", pcr, digests, target, values, judge)
     extend = tpm.CC_PCR_EXTEND.to_bytes(4, "big")
     instead = parsed._replace(front=parsed.front[:6] + extend + parsed.front[10:])
-    response = yield instead.with_parameters(tpm.build_digests(translated.raw + translated.own))
-    if tpm.response_code(response) != tpm.RC_SUCCESS:
+    response = yield instead.with_parameters(tpm.build_digests(raw + own))
+    if not tpm.succeeded(response):
         return Outcome(response)
-    return Outcome(tpm.build_event_response(response, digests), translated.records)
+    return Outcome(tpm.build_event_response(response, digests), records)
 
 
 def _startup(command: bytes, banks: Banks) -> Steps:
     response = yield command
-    if tpm.response_code(response) != tpm.RC_SUCCESS:
+    if not tpm.succeeded(response):
         return Outcome(response)
     return Outcome(response, ((yield from _snapshot(record.STARTUP, banks)),))
+
+
+def _show(command: bytes, hidden: Sequence[HashAlgorithm]) -> Steps:
+    """What changes no PCR: as it is, but for the hidden banks in TPM_CAP_PCRS."""
+    response = yield command
+    return Outcome(hide_banks(response, hidden) if hidden else response)
 
 
 def _pass_and_break(command: bytes, name: str, banks: Banks) -> Steps:
     """Let the TPM decide; if it succeeds, whatever it did to a translated PCR was no translation."""
     response = yield command
-    if tpm.response_code(response) != tpm.RC_SUCCESS:
+    if not tpm.succeeded(response):
         return Outcome(response)
     pcr = int.from_bytes(command[10:14], "big")
-    return Outcome(response, (yield from _break(name, pcr, (), _touched(banks, pcr))))
+    return Outcome(response, (yield from _break(name, pcr, (), _target(banks, pcr).banks)))
 
 
 # -- their parts --------------------------------------------------------------------------------
 
 
-class _Translated(NamedTuple):
-    """Digests for the banks the guest keeps, digests of the layer's own, and the records if the TPM accepts them."""
+class _Target(NamedTuple):
+    """What a PCR is to the banks: those that translate it, and how to read it in them."""
 
-    raw: tuple[Digest, ...]
-    own: tuple[Digest, ...]
-    records: tuple[Record, ...]
+    banks: Banks
+    algorithms: tuple[HashAlgorithm, ...]
+    selection: Selection
+    read: bytes
+
+
+@lru_cache(maxsize=64)
+def _target(banks: Banks, pcr: int) -> _Target:
+    touched = tuple(bank for bank in banks if pcr in bank.pcrs)
+    selection = tuple((bank.algorithm, (pcr,)) for bank in touched)
+    return _Target(touched, tuple(bank.algorithm for bank in touched), selection, build_pcr_read(selection))
 
 
 def _translate(
-    name: str, pcr: int, digests: tuple[Digest, ...], touched: Banks, judge: Judge
-) -> Generator[bytes, bytes, _Translated | None]:
-    """What the touched banks get instead of the guest's digests; None if their PCRs cannot be read (no Startup)."""
-    values = yield from _read(tuple((bank.algorithm, (pcr,)) for bank in touched))
-    if values is None:
-        return None
+    name: str, pcr: int, digests: Digests, target: _Target, values: Sequence[bytes], judge: Judge
+) -> tuple[Digests, Digests, tuple[Record, ...]]:
+    """Digests for the banks the guest keeps, digests of the layer's own, and the records if the TPM accepts them.
+
+    Args:
+        values: the PCR's value in each bank of the target.
+    """
     own = []
     records = []
-    for bank, value in zip(touched, values, strict=True):
+    for bank, value in zip(target.banks, values, strict=True):
         verdict = _judge(bank, digests, judge)
         after, digest = _step(bank, state(bank, value), verdict)
         if digest:
             own.append(Digest(bank.algorithm, digest))
         records.append(record.measurement(name, pcr, digests, bank.algorithm.name, after, verdict))
-    properties = [bank.algorithm for bank in touched]
-    raw = tuple([digest for digest in digests if digest.algorithm not in properties])
-    return _Translated(raw, tuple(own), tuple(records))
+    raw = tuple([digest for digest in digests if digest[0] not in target.algorithms])
+    return raw, tuple(own), tuple(records)
 
 
 def _step(bank: Bank, before: str, verdict: Verdict) -> tuple[str, bytes]:
@@ -211,16 +221,14 @@ def _step(bank: Bank, before: str, verdict: Verdict) -> tuple[str, bytes]:
     return before, b""
 
 
-def _judge(bank: Bank, digests: tuple[Digest, ...], judge: Judge) -> Verdict:
-    measured = {digest.algorithm.name: digest.value for digest in digests}
+def _judge(bank: Bank, digests: Digests, judge: Judge) -> Verdict:
+    measured = {algorithm.name: value for algorithm, value in digests}
     if len(measured) != len(digests):
         return Verdict(False, (), "ambiguous", "one command extends the same bank twice")
     return judge(bank, measured)
 
 
-def _break(
-    name: str, pcr: int, digests: tuple[Digest, ...], banks: Banks
-) -> Generator[bytes, bytes, tuple[Record, ...]]:
+def _break(name: str, pcr: int, digests: Digests, banks: Banks) -> Generator[bytes, bytes, tuple[Record, ...]]:
     if not banks:
         return ()
     yield from _own_extend(pcr, tuple(Digest(bank.algorithm, broken_digest(bank)) for bank in banks))
@@ -228,7 +236,7 @@ def _break(
     return tuple(record.measurement(name, pcr, digests, bank.algorithm.name, BROKEN, verdict) for bank in banks)
 
 
-def _own_extend(pcr: int, digests: Sequence[Digest]) -> Generator[bytes, bytes, None]:
+def _own_extend(pcr: int, digests: Digests) -> Generator[bytes, bytes, None]:
     if not digests:
         return
     command = tpm.build_pcr_extend(pcr, digests)
@@ -246,7 +254,8 @@ def _snapshot(event: str, banks: Banks) -> Generator[bytes, bytes, Record]:
         pcrs = sorted(bank.pcrs)
         values: list[bytes] = []
         for start in range(0, len(pcrs), READ_PCRS):
-            part = yield from _read(((bank.algorithm, tuple(pcrs[start : start + READ_PCRS])),))
+            selection = ((bank.algorithm, tuple(pcrs[start : start + READ_PCRS])),)
+            part = _values((yield build_pcr_read(selection)), selection)
             if part is None:
                 raise LayerError("layer.pcr-read", "the PCRs cannot be read after Startup")
             values += part
@@ -254,10 +263,9 @@ def _snapshot(event: str, banks: Banks) -> Generator[bytes, bytes, Record]:
     return record.snapshot(event, states)
 
 
-def _read(selection: Selection) -> Generator[bytes, bytes, list[bytes] | None]:
-    """The values of at most eight PCRs; None if the TPM refuses, as it does before Startup."""
-    response = yield build_pcr_read(selection)
-    if tpm.response_code(response) != tpm.RC_SUCCESS:
+def _values(response: bytes, selection: Selection) -> Sequence[bytes] | None:
+    """The values of a PCR_Read; None if the TPM refused, as it does before Startup."""
+    if not tpm.succeeded(response):
         return None
     values = parse_pcr_read(response, selection)
     if values is None:
@@ -268,8 +276,3 @@ def _read(selection: Selection) -> Generator[bytes, bytes, list[bytes] | None]:
             "shut the guest down and start it again; the start activates the bank",
         )
     return values
-
-
-@lru_cache(maxsize=64)
-def _touched(banks: Banks, pcr: int) -> Banks:
-    return tuple(bank for bank in banks if pcr in bank.pcrs)

@@ -60,9 +60,12 @@ def held_value(bank: Bank) -> bytes:
 
 def state(bank: Bank, value: bytes) -> str:
     """``unmeasured``, ``held`` or ``broken``: anything that is neither of the first two is broken."""
-    if value == unmeasured_value(bank):
-        return UNMEASURED
-    return HELD if value == held_value(bank) else BROKEN
+    return _states(bank).get(value, BROKEN)
+
+
+@cache
+def _states(bank: Bank) -> dict[bytes, str]:
+    return {unmeasured_value(bank): UNMEASURED, held_value(bank): HELD}
 
 
 def _marker(bank: Bank, word: bytes) -> bytes:

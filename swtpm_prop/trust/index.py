@@ -20,7 +20,7 @@ from typing import NamedTuple
 from swtpm_prop.errors import StoreError
 from swtpm_prop.limits import CANDIDATES, CLAIMS_KEPT
 from swtpm_prop.tpm.algorithms import STRONG
-from swtpm_prop.translate.verdict import Verdict, covers
+from swtpm_prop.translate.verdict import Verdict
 
 APPLICATION_ID = 0x73775049
 """In the SQLite header (offset 68, big-endian): "swPI"."""
@@ -90,10 +90,25 @@ def pack(digests: Mapping[str, bytes]) -> bytes:
 
 def unpack(packed: bytes) -> dict[str, bytes]:
     """The digests of a row by algorithm name."""
+    return {name: packed[begin:end] for name, begin, end in _layout(packed)}
+
+
+def _layout(packed: bytes) -> tuple[tuple[str, int, int], ...]:
     try:
-        return {name: packed[begin:end] for name, begin, end in LAYOUTS[len(packed)]}
+        return LAYOUTS[len(packed)]
     except (KeyError, TypeError):
         raise _damaged("a row has no digests") from None
+
+
+def row_covers(packed: bytes, measured: Mapping[str, bytes]) -> bool:
+    """`covers` for the digests of a row, without taking it apart."""
+    common = False
+    for name, begin, end in _layout(packed):
+        if name in measured:
+            if packed[begin:end] != measured[name]:
+                return False
+            common = True
+    return common
 
 
 class Index:
@@ -165,9 +180,9 @@ class Index:
         """
         found: dict[int, bool] = {}
         try:
-            for rows in _searches(self._connection(), measured):
-                for packed, at in rows:
-                    found[at] = found.get(at, False) or covers(unpack(packed), measured)
+            for query, name in _SEARCHES:
+                for packed, at in _rows(self._connection(), query, measured.get(name)):
+                    found[at] = found.get(at, False) or row_covers(packed, measured)
             return sorted((self._claim(at), covered) for at, covered in found.items())
         except _FAULTS as error:
             raise _damaged(str(error)) from error
@@ -205,9 +220,9 @@ class Index:
             return Verdict(False, (), "stale-index", f"the index expired at {_time(self.expires)}")
         covering: dict[int, Claim] = {}
         other = 0
-        for rows in _searches(db, measured):
-            for packed, at in rows:
-                if covers(unpack(packed), measured):
+        for query, name in _SEARCHES:
+            for packed, at in _rows(db, query, measured.get(name)):
+                if row_covers(packed, measured):
                     covering[at] = self._claims.get(at) or self._claim(at)
                 else:
                     other = at
@@ -262,6 +277,8 @@ class Index:
             self._db.execute("PRAGMA mmap_size=0")
             self._db.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
             self._db.execute("PRAGMA trusted_schema=OFF")
+            # One transaction for good: nobody writes, and to begin and end one for each lookup is half of its cost.
+            self._db.execute("BEGIN")
             self._check_contents(self._db)
         except StoreError:
             self.close()
@@ -295,24 +312,29 @@ _FIRST = "SELECT digests, certificate FROM entry ORDER BY id LIMIT 1"
 _LAST = "SELECT digests, certificate FROM entry ORDER BY id DESC LIMIT 1"
 
 
-def _searches(db: sqlite3.Connection, measured: Mapping[str, bytes]) -> Iterator[sqlite3.Cursor]:
-    """Rows (digests, certificate number), first where most are found: by the digest that numbers the row."""
-    cursor = db.cursor()
-    for query in (_BY_ENTRY, _BY_ALIAS):
-        for name in _NAMES:
-            if name in measured:
-                first = slot(measured[name])
-                yield cursor.execute(query, (first, first + CANDIDATES - 1))
+_SEARCHES = tuple((query, name) for query in (_BY_ENTRY, _BY_ALIAS) for name in _NAMES)
+"""First where most are found: by the digest that numbers the row."""
+
+
+def _rows(db: sqlite3.Connection, query: str, digest: bytes | None) -> Iterable[tuple[bytes, int]]:
+    """Digests and certificate number of each row that may have this digest."""
+    if digest is None:
+        return ()
+    first = slot(digest)
+    return db.execute(query, (first, first + CANDIDATES - 1))
 
 
 def _choose(properties: Sequence[str], claims: Iterable[Claim], now: int) -> tuple[str, ...]:
     """For each property the certificate that lasts longest; empty if a property has none that is valid."""
     chosen = set()
     for uri in properties:
-        able = [(c.not_after, c.id) for c in claims if uri in c.properties and c.not_before <= now <= c.not_after]
-        if not able:
+        last, id = 0, ""
+        for claim in claims:
+            if uri in claim.properties and claim.not_before <= now <= claim.not_after:
+                last, id = max((last, id), (claim.not_after, claim.id))
+        if not id:
             return ()
-        chosen.add(max(able)[1])
+        chosen.add(id)
     return tuple(sorted(chosen))
 
 

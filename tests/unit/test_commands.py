@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -101,6 +102,29 @@ def test_every_truncation_is_refused(cut: int) -> None:
 def test_bad_digest_lists_are_refused(parameters: bytes) -> None:
     with pytest.raises(WireError):
         tpm.parse_digests(parameters)
+
+
+@given(digest_lists, st.integers(0, 200), st.binary(max_size=2))
+def test_the_short_way_through_a_digest_list_is_the_long_way(
+    values: tuple[Digest, ...], at: int, change: bytes
+) -> None:
+    parameters = tpm.build_digests(values)
+    assert tpm.parse_digests(parameters) == tpm._parse_any_digests(parameters) == values
+    changed = parameters[:at] + change + parameters[at + len(change) :]
+    assert _parsed(tpm.parse_digests, changed) == _parsed(tpm._parse_any_digests, changed)
+
+
+@pytest.mark.parametrize("choice", range(16))
+def test_every_choice_of_algorithms_in_order_is_read(choice: int) -> None:
+    values = tuple(Digest(a, bytes([a.id]) * a.size) for bit, a in enumerate(ALGORITHMS) if choice >> bit & 1)
+    assert tpm.parse_digests(tpm.build_digests(values)) == values
+
+
+def _parsed(parse: Callable[[bytes], object], parameters: bytes) -> object:
+    try:
+        return parse(parameters)
+    except WireError as error:
+        return error.id, error.what
 
 
 @given(st.binary(max_size=200))

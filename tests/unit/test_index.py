@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from swtpm_prop.errors import StoreError, TrustError
 from swtpm_prop.limits import CANDIDATES
-from swtpm_prop.tpm.algorithms import STRONG
+from swtpm_prop.tpm.algorithms import ALGORITHMS, STRONG, HashAlgorithm
 from swtpm_prop.translate.verdict import covers
 from swtpm_prop.trust import build as builder
 from swtpm_prop.trust.certificate import Certificate
-from swtpm_prop.trust.index import LAYOUTS, Index, pack, slot, unpack
+from swtpm_prop.trust.index import LAYOUTS, Index, pack, row_covers, slot, unpack
 from swtpm_prop.trust.sources import Subject
 
 OTHER = "https://example.org/properties/other"
@@ -165,6 +165,17 @@ def test_digests_pack_and_unpack() -> None:
         assert unpack(pack(some)) == some
     assert len(LAYOUTS) == 7
     assert slot(b"\xff" * 32) + 0xFFFF == 2**63 - 1
+
+
+@given(st.sets(st.sampled_from(STRONG), min_size=1), st.lists(st.sampled_from(ALGORITHMS)), st.integers(0, 7))
+def test_a_row_covers_as_its_digests_do(
+    certified: set[HashAlgorithm], supplied: list[HashAlgorithm], differing: int
+) -> None:
+    everything = digests_of(b"x") | {"sha1": hashlib.sha1(b"x").digest()}
+    other = digests_of(b"y") | {"sha1": bytes(20)}
+    packed = pack({algorithm.name: everything[algorithm.name] for algorithm in certified})
+    measured = {a.name: (other if differing >> at & 1 else everything)[a.name] for at, a in enumerate(supplied)}
+    assert row_covers(packed, measured) == covers(unpack(packed), measured)
 
 
 # -- building -----------------------------------------------------------------------------------
