@@ -135,7 +135,7 @@ def _number(db: sqlite3.Connection) -> int:
     return db.execute(
         """INSERT INTO entry
            SELECT slot + row_number() OVER (PARTITION BY slot ORDER BY digests, certificate) - 1, digests, certificate
-           FROM (SELECT DISTINCT slot, digests, certificate FROM staged)"""
+           FROM (SELECT slot, digests, certificate FROM staged GROUP BY slot, digests, certificate)"""
     ).rowcount
 
 
