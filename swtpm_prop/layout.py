@@ -14,6 +14,8 @@ class Layout:
         self.trust = self.etc / "trust.toml"
         self.host = self.etc / "host.toml"
         self.state = root / "var/lib/swtpm-prop"
+        self.store_root = self.etc / "root.json"
+        self.store = self.state / "store"
         self.index = self.state / "index/index.sqlite"
         self.guests = self.state / "guests"
         self.run = root / "run/swtpm-prop"

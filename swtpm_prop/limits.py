@@ -96,6 +96,9 @@ ROOT_BYTES = 512 * 1024
 TIMESTAMP_BYTES = 16384
 """Largest timestamp of a store; one with a signature has 500 bytes. It is the first a host fetches, of unknown length."""
 
+STORE_BYTES = 16 * 1024**3
+"""Most certificates a host keeps of a store, in bytes; ten million digests have 4 GB."""
+
 SYNC_SECONDS = 3600
 """Longest a sync may take, with a first download of a gigabyte over a slow line."""
 

@@ -16,7 +16,7 @@ NOUNS = {
     "domain": "switch guests on and off, show their state and log",
     "install": "put swtpm-prop into this host's libvirt",
     "pcr": "predict PCR values to seal to or to expect in a quote",
-    "store": "build and ask the certificate index",
+    "store": "publish and follow certificates, build and ask the index",
     "uninstall": "take swtpm-prop out of this host's libvirt",
 }
 

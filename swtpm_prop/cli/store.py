@@ -1,4 +1,4 @@
-"""``swtpm-prop store``: build the certificate index and ask it."""
+"""``swtpm-prop store``: publish and follow stores, build the certificate index and ask it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from swtpm_prop.cli import output
+from swtpm_prop.cli import output, store_publish, store_sync
 from swtpm_prop.errors import Error, TrustError, UsageError, WireError
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import CERTIFICATE_BYTES
@@ -31,7 +31,18 @@ _index_option = click.option("--index", type=_FILE, default=Layout().index, show
 
 @click.group()
 def command() -> None:
-    """Build and ask the certificate index."""
+    """Publish certificates, follow who does, build and ask the index."""
+
+
+for _verb in (
+    store_publish.init,
+    store_publish.root,
+    store_publish.add,
+    store_publish.revoke,
+    store_publish.publish,
+    store_sync.sync,
+):
+    command.add_command(_verb)
 
 
 @command.command("build")

@@ -38,7 +38,9 @@ def write_file(path: Path, data: bytes) -> None:
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
+                file.flush()
                 os.fchmod(file.fileno(), 0o644)
+                os.fsync(file.fileno())
             Path(new).replace(path)
         finally:
             Path(new).unlink(missing_ok=True)

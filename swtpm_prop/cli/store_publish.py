@@ -1,0 +1,222 @@
+"""``swtpm-prop store init | root | add | revoke | publish``: what the publisher of a store does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import click
+from tuf.api.metadata import Metadata, Root
+
+from swtpm_prop.cli import output
+from swtpm_prop.errors import TrustError, UsageError, printable
+from swtpm_prop.limits import CERTIFICATE_BYTES
+from swtpm_prop.trust import certificate, signers
+from swtpm_prop.trust.files import read_file
+from swtpm_prop.trust.publisher import Publisher
+from swtpm_prop.trust.repository import ROLES, Change, Missing, days
+
+_FILE = click.Path(path_type=Path)
+_ID = re.compile(r"sha256:[0-9a-f]{64}")
+_ONLINE = "online"
+"""A word for snapshot and timestamp together: the keys that sign without a person."""
+
+_store = click.argument("directory", type=_FILE, metavar="DIR")
+
+
+def _changes(command: Callable[..., Any]) -> Callable[..., Any]:
+    for name, metavar, help in (
+        ("--days", "ROLE=N", "How long its signatures are good; repeatable."),
+        ("--threshold", "ROLE=N", "How many of its keys must sign; repeatable."),
+        ("--add-key", "ROLE=PEM", "A public key; ROLE is root, targets, snapshot, timestamp or online (the last two)."),
+    ):
+        command = click.option(name, multiple=True, metavar=metavar, help=help)(command)
+    return command
+
+
+@click.command()
+@_store
+@_changes
+@output.json_option
+def init(
+    directory: Path, add_key: tuple[str, ...], threshold: tuple[str, ...], days: tuple[str, ...], as_json: bool
+) -> None:
+    """Make a store: name the keys that will sign it. Private keys are not needed yet.
+
+    Then sign and publish it with 'store publish'. Hosts get public/metadata/1.root.json as /etc/swtpm-prop/root.json,
+    by a way they trust.
+    """
+    _show_root(Publisher(directory).init(_change(add_key, (), threshold, days), _now()), as_json)
+
+
+@click.command()
+@_store
+@_changes
+@click.option("--remove-key", multiple=True, metavar="ROLE=KEYID", help="By its id or the beginning; repeatable.")
+@output.json_option
+def root(
+    directory: Path,
+    add_key: tuple[str, ...],
+    remove_key: tuple[str, ...],
+    threshold: tuple[str, ...],
+    days: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Draft the next root: other keys, thresholds or periods; without any option the same for another year.
+
+    Enough keys of the old and of the new root must sign it with 'store publish'. Hosts follow from root to root.
+    """
+    _show_root(Publisher(directory).rotate(_change(add_key, remove_key, threshold, days), _now()), as_json)
+
+
+@click.command()
+@_store
+@click.argument("certificates", nargs=-1, required=True, type=_FILE, metavar="CERT...")
+@output.json_option
+def add(directory: Path, certificates: tuple[Path, ...], as_json: bool) -> None:
+    """Take certificates into the next publication; all of them, or none if one is malformed or was revoked."""
+    new = Publisher(directory).add(certificates, output.progress)
+    if as_json:
+        output.print_json({"added": new})
+        return
+    click.echo(f"{new} new certificates wait for 'store publish'; {len(certificates) - new} were there")
+
+
+@click.command()
+@_store
+@click.argument("certificates", nargs=-1, metavar="[ID|FILE]...")
+@click.option("--component", metavar="NAME", help="Everything that speaks of this component only ...")
+@click.option("--below", metavar="VERSION", help="... in versions below this one.")
+@output.json_option
+def revoke(
+    directory: Path, certificates: tuple[str, ...], component: str | None, below: str | None, as_json: bool
+) -> None:
+    """Take certificates out of the next publication for good: they cannot be added again.
+
+    Exit status 1 if a certificate has versions on both sides of --below: it stays, and wants to be replaced.
+    """
+    if (component is None) != (below is None) or not (certificates or component):
+        raise UsageError("usage.revoke", "name certificates, or --component together with --below")
+    ids = [_id(name) for name in certificates]
+    limit = (component, below) if component and below else None
+    done = Publisher(directory).revoke(ids, limit, output.progress)
+    if as_json:
+        output.print_json(done._asdict())
+    else:
+        click.echo(f"{len(done.revoked)} certificates are revoked with the next 'store publish'")
+        for id in done.revoked:
+            click.echo(f"  {id}")
+        _warn(done.covering, "also speaks of something that was revoked; revoke it too if the thing itself is bad")
+        _warn(done.mixed, f"has versions of {component} on both sides of {below}; issue it anew without the old ones")
+    if done.mixed:
+        raise click.exceptions.Exit(1)
+
+
+@click.command()
+@_store
+@click.option("--key", "names", multiple=True, metavar="PEM|URI", help="A private key, e.g. hsm:2?label=X; repeatable.")
+@output.json_option
+def publish(directory: Path, names: tuple[str, ...], as_json: bool) -> None:
+    """Sign with these keys, and publish what then has enough signatures; the timestamp each time.
+
+    Holders of different keys run it one after the other. Exit status 1 while signatures are missing.
+    """
+    done = Publisher(directory).publish(names, cache(_ask), _now())
+    if as_json:
+        output.print_json({**done._asdict(), "missing": [one._asdict() for one in done.missing]})
+    else:
+        if done.written:
+            click.secho(
+                f"published {done.certificates} certificates ({done.added} new, {done.removed} gone): "
+                + " ".join(done.written),
+                fg="green",
+            )
+        for one in done.missing:
+            click.secho(_describe(one), fg="yellow", err=True)
+    if done.missing:
+        raise click.exceptions.Exit(1)
+
+
+# -- reading arguments --------------------------------------------------------------------------
+
+
+def _change(add_key: Sequence[str], remove_key: Sequence[str], threshold: Sequence[str], days: Sequence[str]) -> Change:
+    return Change(
+        add=[(role, signers.load_public(Path(path))) for role, path in _pairs(add_key)],
+        remove=_pairs(remove_key),
+        thresholds=_numbers(threshold),
+        days=_numbers(days),
+    )
+
+
+def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = []
+    for word in words:
+        role, equals, value = word.partition("=")
+        if not equals or role not in (*ROLES, _ONLINE) or not value:
+            raise UsageError("usage.role", f"'{word}' is not ROLE=VALUE with a role of {', '.join(ROLES)}, {_ONLINE}")
+        pairs += [(one, value) for one in (("snapshot", "timestamp") if role == _ONLINE else (role,))]
+    return pairs
+
+
+def _numbers(words: Sequence[str]) -> Mapping[str, int]:
+    numbers = {}
+    for role, value in _pairs(words):
+        if re.fullmatch("[1-9][0-9]{0,4}", value) is None:
+            raise UsageError("usage.role", f"'{role}={value}' has no number of 1 or more")
+        numbers[role] = int(value)
+    return numbers
+
+
+def _id(name: str) -> str:
+    """The certificate's id, given or read from its file."""
+    if _ID.fullmatch(name):
+        return name
+    try:
+        return certificate.read(read_file(Path(name), CERTIFICATE_BYTES)).id
+    except TrustError as error:
+        raise TrustError(
+            error.id, f"'{name}' is neither an id like sha256:... nor a certificate: {error.what}"
+        ) from error
+
+
+def _ask(secret: str) -> str:
+    answer: str = click.prompt(printable(secret), hide_input=True, err=True)
+    return answer
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+# -- showing ------------------------------------------------------------------------------------
+
+
+def _show_root(drafted: Metadata[Root], as_json: bool) -> None:
+    signed, good = drafted.signed, days(drafted.signed)
+    if as_json:
+        roles = {
+            role: {"threshold": signed.roles[role].threshold, "days": good[role], "keys": signed.roles[role].keyids}
+            for role in ROLES
+        }
+        output.print_json({"version": signed.version, "expires": signed.expires.isoformat(), "roles": roles})
+        return
+    rows = [
+        (role, str(signed.roles[role].threshold), str(good[role]), " ".join(signed.roles[role].keyids))
+        for role in ROLES
+    ]
+    output.table(("Role", "Must sign", "Days", "Keys"), rows)
+    click.echo(f"Root {signed.version} waits for its signatures: run 'store publish' with the keys, wherever they are.")
+
+
+def _describe(one: Missing) -> str:
+    return f"{one.role} waits for {one.needed} of these keys: {' '.join(one.keyids)} [store.unsigned]"
+
+
+def _warn(ids: Sequence[str], what: str) -> None:
+    for id in ids:
+        click.secho(f"{id} {what}", fg="yellow", err=True)

@@ -1,0 +1,61 @@
+"""``swtpm-prop store sync``: follow a store."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from swtpm_prop import host_config
+from swtpm_prop.cli import output
+from swtpm_prop.cli.install import root_option
+from swtpm_prop.errors import Error, UsageError
+from swtpm_prop.layout import Layout
+from swtpm_prop.trust import follow
+from swtpm_prop.trust.certificate import format_time
+from swtpm_prop.trust.fetch import Fetcher, address
+from swtpm_prop.trust.follow import Outcome
+
+
+@click.command()
+@click.option("--url", metavar="URL|DIR", help="The store: https:, file: or a directory; default: url in host.toml.")
+@root_option
+@output.json_option
+def sync(url: str | None, root: Path, as_json: bool) -> None:
+    """Fetch what is new in the store, verify it, and bring the index up to date.
+
+    Certificates that this host does not accept are left out and named, then the exit status is 1. If anything is wrong
+    with the store itself, the index stays as it was.
+    """
+    layout = Layout(root)
+    source = url or host_config.load(layout.host).url
+    if not source:
+        raise UsageError("usage.no-store", "no store is named", f"give --url, or url in [store] of {layout.host}")
+    done = follow.sync(layout, address(source), Fetcher(), output.progress, _report)
+    if as_json:
+        _print_json(done)
+    else:
+        _print(done)
+    if done.refused:
+        raise click.exceptions.Exit(1)
+
+
+def _print_json(done: Outcome) -> None:
+    refused = [{"target": target, "id": error.id, "what": error.what} for target, error in done.refused]
+    summary = {**done.summary._asdict(), "expires": format_time(done.summary.expires)}
+    output.print_json({"added": done.added, "removed": done.removed, "refused": refused, "index": summary})
+
+
+def _print(done: Outcome) -> None:
+    for target, error in done.refused:
+        click.secho(Error(error.id, f"left out {target}: {error.what}", error.mend).line(), fg="red", err=True)
+    click.echo(
+        f"{done.added} certificates came, {done.removed} went, {done.summary.certificates} hold"
+        f" {done.summary.entries} entries; guests believe them until {format_time(done.summary.expires)}"
+    )
+
+
+def _report(doing: str, _done: int) -> None:
+    if doing != "reading certificates" and sys.stderr.isatty():
+        click.echo(f"{doing} ...", err=True)

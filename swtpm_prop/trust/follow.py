@@ -1,0 +1,287 @@
+"""Follow a store: fetch it as a TUF client, verify what is new against the trust file, bring the index up to date.
+
+The index is always one of two: as it was, or the new one, whole. Everything else here is a cache that the next sync
+completes or throws away.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tuf.api import exceptions
+from tuf.api.metadata import Metadata, TargetFile
+from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
+
+from swtpm_prop.errors import Error, StoreError, TrustError
+from swtpm_prop.layout import Layout
+from swtpm_prop.limits import (
+    CERTIFICATE_BYTES,
+    METADATA_BYTES_MOST,
+    ROOT_BYTES,
+    ROOT_ROTATIONS,
+    STORE_BYTES,
+    TIMESTAMP_BYTES,
+)
+from swtpm_prop.trust import build, certificate, issuers, keys
+from swtpm_prop.trust.build import Summary
+from swtpm_prop.trust.certificate import Certificate
+from swtpm_prop.trust.files import read_file, write_file
+from swtpm_prop.trust.issuers import Trust
+from swtpm_prop.trust.tables import Report
+
+Running = Callable[[Sequence[str], str], Any]
+"""Wraps long work to show progress, as `cli.output.progress`; a context manager of an iterator."""
+
+_TARGET = re.compile(r"certificates/([0-9a-f]{64})\.json")
+
+
+class Refusal(NamedTuple):
+    """A target of the store that is left out, and why."""
+
+    target: str
+    error: Error
+
+
+class Outcome(NamedTuple):
+    """What a sync did: certificates that are new in the index, that left it, that were refused; what it holds now."""
+
+    added: int
+    removed: int
+    refused: tuple[Refusal, ...]
+    summary: Summary
+
+
+def sync(layout: Layout, url: str, fetcher: FetcherInterface, running: Running, report: Report) -> Outcome:
+    """Bring the host's index to what the store at ``url`` says now.
+
+    A certificate that this host does not accept is left out and named, and the others count: it would otherwise be in
+    the power of one issuer to stop the revocations of all. Anything wrong with the store itself changes nothing.
+
+    Args:
+        layout: where the pinned root, the trust file, the cache and the index are.
+        url: ends in a slash; has ``metadata/`` and ``targets/`` below it.
+        fetcher: how to get there.
+        running: shows progress.
+        report: as `build.build` calls it.
+
+    Raises:
+        StoreError: ``store.root-missing``, ``store.busy``, ``store.write``; of the store ``store.download``,
+            ``store.too-large``, ``store.signature``, ``store.expired``, ``store.rollback``, ``store.mismatch``,
+            ``store.invalid``; and what `build.update` raises.
+        TrustError: what `issuers.load` raises.
+    """
+    trust = issuers.load(layout.trust)
+    with _alone(layout.store):
+        cache = _Cache(layout.store, trust)
+        with _told(url):
+            updater = _refreshed(layout, url, fetcher)
+            listed, refused = _listed(cache)
+            _fetch(updater, cache, listed, running)
+        refused += _verify(cache, listed, trust, running)
+        held = build.held(layout.index)
+        wanted = {cache.verified[name]: name for name in listed if name in cache.verified}
+        added = [name for id, name in wanted.items() if id not in held]
+        expires = cache.expires()
+        try:
+            summary = build.update(layout.index, cache.certificates(added), held - wanted.keys(), expires, report)
+        except StoreError as error:
+            if error.id != "store.index-corrupt":
+                raise
+            summary = build.build(layout.index, cache.certificates(wanted.values()), expires, report)
+        cache.sweep(listed)
+    return Outcome(len(added), len(held - wanted.keys()), tuple(refused), summary)
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StoreError("store.directory", f"'{directory}' cannot be used: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise StoreError("store.busy", "another sync runs", "wait for it to end") from error
+    except OSError as error:
+        raise StoreError(
+            "store.write", f"the store's copy cannot be written: {error}", "see disk and limits"
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+# -- fetching -----------------------------------------------------------------------------------
+
+
+def _refreshed(layout: Layout, url: str, fetcher: FetcherInterface) -> Updater:
+    """Follow the chain of roots from the pinned one, then take timestamp, snapshot and targets."""
+    try:
+        pinned = read_file(layout.store_root, ROOT_BYTES)
+    except TrustError as error:
+        mend = "get the store's first root from its publisher by a way you trust"
+        raise StoreError("store.root-missing", error.what, mend) from error
+    config = UpdaterConfig(
+        max_root_rotations=ROOT_ROTATIONS,
+        root_max_length=ROOT_BYTES,
+        timestamp_max_length=TIMESTAMP_BYTES,
+        snapshot_max_length=METADATA_BYTES_MOST,
+        targets_max_length=METADATA_BYTES_MOST,
+    )
+    place = str(layout.store / "metadata")
+    Path(place).mkdir(exist_ok=True)
+    updater = Updater(place, f"{url}metadata/", None, f"{url}targets/", fetcher, config, bootstrap=pinned)
+    updater.refresh()
+    return updater
+
+
+def _listed(cache: _Cache) -> tuple[dict[str, TargetFile], list[Refusal]]:
+    """The certificates the store lists, by SHA-256 in hex, and what it lists that cannot be one."""
+    listed: dict[str, TargetFile] = {}
+    refused = []
+    for path, target in cache.role("targets").targets.items():
+        name = _TARGET.fullmatch(path)
+        if name is None or target.hashes.get("sha256") != name[1]:
+            error = StoreError("store.target", "it is not named by its SHA-256 below certificates/")
+            refused.append(Refusal(path, error))
+        elif target.length > CERTIFICATE_BYTES:
+            too_large = StoreError("store.too-large", f"it has {target.length} bytes, allowed are {CERTIFICATE_BYTES}")
+            refused.append(Refusal(path, too_large))
+        else:
+            listed[name[1]] = target
+    total = sum(target.length for target in listed.values())
+    if total > STORE_BYTES:
+        raise StoreError("store.too-large", f"the store has {total} bytes of certificates, allowed are {STORE_BYTES}")
+    return listed, refused
+
+
+def _fetch(updater: Updater, cache: _Cache, listed: Mapping[str, TargetFile], running: Running) -> None:
+    absent = [name for name in listed if not cache.path(name).exists()]
+    with running(absent, "fetching") as each:
+        for name in each:
+            updater.download_target(listed[name], str(cache.new))
+            cache.keep(name)
+
+
+@contextmanager
+def _told(url: str) -> Iterator[None]:
+    """Every way in which a store can be unusable, as one of our errors."""
+    try:
+        yield
+    except exceptions.DownloadLengthMismatchError as error:
+        raise StoreError("store.too-large", f"the store sends more than it may: {error}", _WAIT) from error
+    except exceptions.DownloadError as error:
+        raise StoreError("store.download", f"the store at {url} cannot be fetched: {error}", "try again") from error
+    except exceptions.RepositoryError as error:
+        id, what = next(
+            (row[1:] for row in _UNUSABLE if isinstance(error, row[0])), ("store.invalid", "makes no sense")
+        )
+        raise StoreError(id, f"the store {what}: {error}", _WAIT) from error
+
+
+_WAIT = "the index stays as it was; tell the store's publisher if it lasts"
+_UNUSABLE: tuple[tuple[type[Exception], str, str], ...] = (
+    (exceptions.ExpiredMetadataError, "store.expired", "has expired, or somebody withholds what is new"),
+    (exceptions.BadVersionNumberError, "store.rollback", "is older than what this host has seen"),
+    (exceptions.UnsignedMetadataError, "store.signature", "is not signed as its root demands"),
+    (exceptions.LengthOrHashMismatchError, "store.mismatch", "does not match its own metadata"),
+)
+
+
+# -- verifying ----------------------------------------------------------------------------------
+
+
+class _Cache:
+    """What was fetched, and under which trust file it was verified."""
+
+    def __init__(self, directory: Path, trust: Trust) -> None:
+        self._directory = directory
+        self._record = directory / "verified.json"
+        self._trust = _fingerprint(trust)
+        self.new = directory / "new"
+        self.verified = self._read_record()
+        """Certificates that are good under the present trust file: SHA-256 of the file to the certificate's id."""
+        (directory / "certificates").mkdir(exist_ok=True)
+        # What a killed sync was writing.
+        for left in (*directory.glob("metadata/tmp*"), *directory.glob(".verified.json.*")):
+            left.unlink()
+
+    def path(self, name: str) -> Path:
+        """Where the file with this SHA-256 is kept."""
+        return self._directory / "certificates" / f"{name}.json"
+
+    def keep(self, name: str) -> None:
+        """Keep what was just fetched."""
+        with self.new.open("rb") as file:
+            os.fsync(file.fileno())
+        self.new.replace(self.path(name))
+
+    def role(self, name: str) -> Any:
+        """The metadata of a role that the last refresh accepted."""
+        return Metadata.from_file(str(self._directory / "metadata" / f"{name}.json")).signed
+
+    def expires(self) -> int:
+        """When the first of the four roles runs out, seconds since the epoch: what nobody renews counts no longer."""
+        roles = ("root", "targets", "snapshot", "timestamp")
+        return int(min(self.role(name).expires for name in roles).timestamp())
+
+    def read(self, name: str) -> bytes:
+        """The file, as its name says it is; what the disk has spoilt is forgotten."""
+        data = read_file(self.path(name), CERTIFICATE_BYTES)
+        if hashlib.sha256(data).hexdigest() != name:
+            self.path(name).unlink()
+            raise StoreError("store.damaged", f"the copy of certificate {name} is damaged", "sync again")
+        return data
+
+    def certificates(self, names: Iterable[str]) -> Iterator[Certificate]:
+        """Certificates that were verified, read again: a store is larger than memory."""
+        for name in names:
+            yield certificate.read(self.read(name))
+
+    def save(self) -> None:
+        """Remember what is verified, so that it need not be again."""
+        value = {"trust": self._trust, "certificates": self.verified}
+        write_file(self._record, json.dumps(value).encode())
+
+    def sweep(self, listed: Mapping[str, TargetFile]) -> None:
+        """Throw away what the store no longer lists."""
+        for file in (self._directory / "certificates").iterdir():
+            if file.stem not in listed:
+                file.unlink()
+
+    def _read_record(self) -> dict[str, str]:
+        """Nothing if it is missing, damaged or of another trust file: then everything is verified again."""
+        try:
+            value = json.loads(self._record.read_bytes())
+            return dict(value["certificates"]) if value["trust"] == self._trust else {}
+        except (OSError, ValueError, TypeError, KeyError):
+            return {}
+
+
+def _verify(cache: _Cache, listed: Mapping[str, TargetFile], trust: Trust, running: Running) -> list[Refusal]:
+    """Verify what was not yet; the window is left to the index, which judges each measurement by it."""
+    cache.verified = {name: id for name, id in cache.verified.items() if name in listed}
+    refused = []
+    with running([name for name in listed if name not in cache.verified], "verifying") as each:
+        for name in each:
+            try:
+                cache.verified[name] = certificate.verify(cache.read(name), trust, None).id
+            except TrustError as error:
+                refused.append(Refusal(listed[name].path, error))
+    cache.save()
+    return refused
+
+
+def _fingerprint(trust: Trust) -> str:
+    """SHA-256 over what the trust file says, keys in files included."""
+    said = [(i.id, sorted(map(keys.keyid, i.keys)), sorted(i.prefixes), i.threshold) for _, i in sorted(trust.items())]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()

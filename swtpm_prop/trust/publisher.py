@@ -1,0 +1,337 @@
+"""A publisher's directory: the certificates that shall be in the store, drafts to sign, the plain files that hosts get.
+
+- ``certificates/<sha256>.json``: what the next publication holds, named by content
+- ``revoked.json``: what must never come in again
+- ``draft/``: root and targets that wait for signatures
+- ``public/``: the store; copy it to any web server, ``metadata/timestamp.json`` last
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from securesystemslib.signer import Key
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import Metadata, Root, TargetFile
+
+from swtpm_prop.errors import StoreError
+from swtpm_prop.limits import CERTIFICATE_BYTES, METADATA_BYTES_MOST, METADATA_KEPT
+from swtpm_prop.trust import certificate, repository
+from swtpm_prop.trust.certificate import Certificate
+from swtpm_prop.trust.files import read_file, write_file
+from swtpm_prop.trust.repository import Change, Missing, State, Wanted
+from swtpm_prop.trust.signers import Ask, open_signers
+from swtpm_prop.trust.sources import COMPONENT, VERSION
+from swtpm_prop.trust.version import sort_key
+
+T = TypeVar("T")
+Running = Callable[[Sequence[T], str], Any]
+"""Wraps long work to show progress, as `cli.output.progress`; a context manager of an iterator."""
+
+_VERSIONED = re.compile(r"([1-9][0-9]{0,9})\.(root|targets|snapshot)\.json")
+
+
+class Revocation(NamedTuple):
+    """What was revoked (certificate ids), what was not although it has such a version, and who else covers the same."""
+
+    revoked: tuple[str, ...]
+    mixed: tuple[str, ...]
+    covering: tuple[str, ...]
+
+
+class Publication(NamedTuple):
+    """What was published: names of new metadata, the certificates in it, and the signatures still waited for."""
+
+    written: tuple[str, ...]
+    certificates: int
+    added: int
+    removed: int
+    missing: tuple[Missing, ...]
+
+
+class Publisher:
+    """A publisher's directory. One process at a time works in it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.certificates = directory / "certificates"
+        self.drafts = directory / "draft"
+        self.metadata = directory / "public/metadata"
+        self.targets = directory / "public/targets"
+        self._revoked_file = directory / "revoked.json"
+
+    def init(self, change: Change, now: datetime) -> Metadata[Root]:
+        """Make the directory with a first root, which its keys must sign before anything is published.
+
+        Raises:
+            StoreError: ``store.exists``, and what `repository.next_root` raises.
+        """
+        if self.metadata.exists() or self.drafts.exists():
+            raise StoreError("store.exists", f"there is a store in '{self.directory}'", "change it with 'store root'")
+        root = repository.next_root(None, 1, change, now)
+        try:
+            for path in (self.certificates, self.metadata, self.targets / "certificates", self.drafts):
+                path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError("store.directory", f"'{error.filename}' cannot be made: {error.strerror}") from error
+        write_file(self.drafts / "root.json", root.to_bytes())
+        return root
+
+    def rotate(self, change: Change, now: datetime) -> Metadata[Root]:
+        """Draft the next root: other keys, thresholds or periods, or just a new end. Changes add up in one draft.
+
+        Raises:
+            StoreError: what `repository.next_root` raises; ``store.busy``, ``store.absent``.
+        """
+        with self._alone():
+            published, draft = self._published().root, self._waiting().root
+            version = published.signed.version + 1 if published else 1
+            base = draft if draft and draft.signed.version == version else published
+            root = repository.next_root(base, version, change, now)
+            write_file(self.drafts / "root.json", root.to_bytes())
+        return root
+
+    def add(self, files: Sequence[Path], running: Running[Path]) -> int:
+        """Take in certificates; all of them or, if one is malformed or revoked, none. Returns how many are new.
+
+        Raises:
+            TrustError: as `certificate.read`. StoreError: ``store.revoked``, ``store.busy``, ``store.absent``.
+        """
+        with self._alone():
+            revoked = _Revoked.load(self._revoked_file)
+            taken = {}
+            with running(files, "reading") as each:
+                for file in each:
+                    data = read_file(file, CERTIFICATE_BYTES)
+                    revoked.refuse(certificate.read(data), file)
+                    taken[_name(data)] = data
+            new = [name for name in taken if not (self.certificates / name).exists()]
+            for name in new:
+                write_file(self.certificates / name, taken[name])
+        return len(new)
+
+    def revoke(self, named: Collection[str], below: tuple[str, str] | None, running: Running[Path]) -> Revocation:
+        """Take certificates out of the next publication, and never let them in again.
+
+        Args:
+            named: ids of certificates (``sha256:`` and the hash of the payload).
+            below: a component and a version; goes whatever speaks of older versions of it only.
+            running: shows progress.
+
+        Raises:
+            StoreError: ``store.certificate-unknown``, ``store.busy``, ``store.absent``.
+            TrustError: ``trust.version``.
+        """
+        with self._alone():
+            record = _Revoked.load(self._revoked_file)
+            held = {}
+            with running(sorted(self.certificates.glob("*.json")), "reading") as each:
+                for file in each:
+                    held[file] = certificate.read(read_file(file, CERTIFICATE_BYTES))
+            unknown = set(named) - {one.id for one in held.values()}
+            if unknown:
+                raise StoreError("store.certificate-unknown", f"the store has no certificate '{min(unknown)}'")
+            going = {file for file, one in held.items() if one.id in named}
+            mixed = set()
+            if below:
+                record.components[below[0]] = _later(record.components.get(below[0]), below[1])
+                older = {file: _older(one, *below) for file, one in held.items()}
+                going |= {file for file, versions in older.items() if versions and all(versions)}
+                mixed = {file for file, versions in older.items() if any(versions)} - going
+            record.certificates |= {file.name: held[file].id for file in going}
+            record.save(self._revoked_file)
+            # From here on a publication leaves them out, files or not.
+            for file in going:
+                file.unlink()
+        ids = [tuple(sorted({held[file].id for file in files})) for files in (going, mixed, _covering(held, going))]
+        return Revocation(*ids)
+
+    def publish(self, names: Sequence[str], ask: Ask, now: datetime) -> Publication:
+        """Sign with the named keys, and publish what then has enough signatures; see `repository.advance`.
+
+        Hosts see a whole store at every moment: the file that makes the new ones count is the last to be replaced.
+
+        Raises:
+            StoreError: ``store.busy``, ``store.absent``, ``store.metadata``, ``store.changed``, and what
+                `open_signers` raises.
+        """
+        with self._alone():
+            published, drafts = self._published(), self._waiting()
+            self._sweep()
+            wanted = self._wanted()
+            known = _keys(published.root) + _keys(drafts.root)
+            step = repository.advance(published, drafts, wanted, open_signers(names, known, ask), now)
+            before = published.targets.signed.targets if published.targets else {}
+            if step.files:
+                self._copy_certificates(wanted)
+                for name, content in step.files.items():
+                    write_file(self.metadata / name, content)
+            self._keep(step.drafts)
+            after = self._published()
+            listed = after.targets.signed.targets if after.targets else {}
+            if step.files:
+                self._prune(after, {*before, *listed})
+        added, removed = len(listed.keys() - before.keys()), len(before.keys() - listed.keys())
+        return Publication(tuple(step.files), len(listed), added, removed, step.missing)
+
+    # -- files ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        try:
+            descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StoreError(
+                "store.absent", f"'{self.directory}' is no store: {error.strerror}", "see store init"
+            ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self.drafts.is_dir():
+                raise StoreError("store.absent", f"'{self.directory}' is no store", "make one with 'store init'")
+            yield
+        except BlockingIOError as error:
+            raise StoreError("store.busy", f"another process works in '{self.directory}'", "wait for it") from error
+        except OSError as error:
+            raise StoreError("store.write", f"the store cannot be changed: {error}") from error
+        finally:
+            os.close(descriptor)
+
+    def _published(self) -> State:
+        """What hosts get: the timestamp says which snapshot counts, and that one which targets."""
+        roots = [int(found[1]) for found in self._versioned() if found[2] == Root.type]
+        if not roots:
+            return State()
+        root: Metadata[Root] = _load(self.metadata / f"{max(roots)}.root.json")
+        if not (self.metadata / "timestamp.json").exists():
+            return State(root)
+        timestamp = _load(self.metadata / "timestamp.json")
+        snapshot = _load(self.metadata / f"{timestamp.signed.snapshot_meta.version}.snapshot.json")
+        version = snapshot.signed.meta["targets.json"].version
+        return State(root, _load(self.metadata / f"{version}.targets.json"), snapshot, timestamp)
+
+    def _versioned(self) -> list[re.Match[str]]:
+        return [found for path in self.metadata.iterdir() if (found := _VERSIONED.fullmatch(path.name))]
+
+    def _waiting(self) -> State:
+        paths = [self.drafts / "root.json", self.drafts / "targets.json"]
+        root, targets = (_load(path) if path.exists() else None for path in paths)
+        return State(root, targets)
+
+    def _keep(self, drafts: State) -> None:
+        for name, draft in (("root.json", drafts.root), ("targets.json", drafts.targets)):
+            if draft is not None:
+                write_file(self.drafts / name, draft.to_bytes())
+            else:
+                (self.drafts / name).unlink(missing_ok=True)
+
+    def _wanted(self) -> dict[str, TargetFile]:
+        revoked = _Revoked.load(self._revoked_file).certificates
+        files = (path for path in sorted(self.certificates.glob("*.json")) if path.name not in revoked)
+        return {
+            (target := f"certificates/{file.name}"): TargetFile(file.stat().st_size, {"sha256": file.stem}, target)
+            for file in files
+        }
+
+    def _copy_certificates(self, wanted: Wanted) -> None:
+        for target, listed in wanted.items():
+            (to,) = (self.targets / path for path in listed.get_prefixed_paths())
+            if to.exists():
+                continue
+            data = read_file(self.directory / target, CERTIFICATE_BYTES)
+            if _name(data) != to.name.partition(".")[2]:
+                raise StoreError("store.changed", f"'{target}' is not what its name says", "remove it and add it again")
+            write_file(to, data)
+
+    def _sweep(self) -> None:
+        """Remove what a killed process left of files it was writing."""
+        for place in (self.directory, self.certificates, self.drafts, self.metadata, self.targets / "certificates"):
+            for left in place.glob(".*.json.*"):
+                left.unlink()
+
+    def _prune(self, now: State, targets: Collection[str]) -> None:
+        """Forget old metadata and certificates, but for those that a host may just be fetching."""
+        current = {md.signed.type: md.signed.version for md in (now.targets, now.snapshot) if md}
+        for found in self._versioned():
+            if found[2] in current and int(found[1]) <= current[found[2]] - METADATA_KEPT:
+                (self.metadata / found[0]).unlink()
+        names = {Path(target).name for target in targets}
+        for path in (self.targets / "certificates").iterdir():
+            if path.name.partition(".")[2] not in names:
+                path.unlink()
+
+
+class _Revoked:
+    """What must not come in again: files and their certificates' ids, and components with the first good version."""
+
+    def __init__(self, certificates: dict[str, str], components: dict[str, str]) -> None:
+        self.certificates = certificates
+        self.components = components
+
+    @classmethod
+    def load(cls, path: Path) -> _Revoked:
+        if not path.exists():
+            return cls({}, {})
+        try:
+            value = json.loads(read_file(path, METADATA_BYTES_MOST))
+            return cls(dict(value["certificates"]), dict(value["components"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise StoreError("store.revoked-unreadable", f"'{path}' makes no sense: {error}", "restore it") from error
+
+    def save(self, path: Path) -> None:
+        value = {"certificates": self.certificates, "components": self.components}
+        write_file(path, json.dumps(value, indent=1, sort_keys=True).encode() + b"\n")
+
+    def refuse(self, one: Certificate, file: Path) -> None:
+        """Raise ``store.revoked`` if it was revoked, or speaks of a version that was."""
+        if one.id in self.certificates.values():
+            raise StoreError("store.revoked", f"'{file}' was revoked", "issue another one if it was revoked in error")
+        for component, version in self.components.items():
+            if any(_older(one, component, version)):
+                what = f"'{file}' has {component} below {version}, which was revoked"
+                raise StoreError("store.revoked", what, "issue one without it")
+
+
+def _older(one: Certificate, component: str, version: str) -> list[bool]:
+    """For each subject that is of the component whether it is older. One without a version counts as older."""
+    annotations = [subject.annotations for subject in one.subjects if subject.annotations.get(COMPONENT) == component]
+    good = sort_key(version)
+    return [VERSION not in of or sort_key(of[VERSION]) < good for of in annotations]
+
+
+def _later(one: str | None, other: str) -> str:
+    return one if one is not None and sort_key(one) > sort_key(other) else other
+
+
+def _covering(held: dict[Path, Certificate], going: set[Path]) -> set[Path]:
+    """Certificates that stay and speak of something that the revoked ones speak of."""
+    digests = {digest for file in going for subject in held[file].subjects for digest in subject.digests.values()}
+    staying = held.keys() - going
+    return {
+        file
+        for file in staying
+        if any(digest in digests for subject in held[file].subjects for digest in subject.digests.values())
+    }
+
+
+def _keys(root: Metadata[Root] | None) -> list[Key]:
+    return list(root.signed.keys.values()) if root else []
+
+
+def _load(path: Path) -> Metadata[Any]:
+    try:
+        return Metadata.from_bytes(read_file(path, METADATA_BYTES_MOST))
+    except RepositoryError as error:
+        raise StoreError("store.metadata", f"'{path}' is damaged: {error}", "restore the store from a copy") from error
+
+
+def _name(data: bytes) -> str:
+    return f"{hashlib.sha256(data).hexdigest()}.json"

@@ -1,0 +1,523 @@
+"""A host that follows a store: what it takes, what it refuses, and what is left after attacks and interruptions."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from certifier import BOOT, ED25519, P256, subject, trust_text
+from click.testing import CliRunner
+from storekeeper import Follower, Keeper, certificate, interrupt, kill, no_space, quiet
+from tuf.api.metadata import TargetFile
+
+from swtpm_prop.cli.store import command
+from swtpm_prop.errors import Error
+from swtpm_prop.trust import certificate as certificates
+from swtpm_prop.trust.certificate import Claim
+from swtpm_prop.trust.index import Index
+from swtpm_prop.trust.repository import ROLES
+
+OLD, NEW = b"old kernel", b"new kernel"
+
+
+@pytest.fixture
+def keeper(tmp_path: Path) -> Keeper:
+    """A store that certifies the old kernel."""
+    made = Keeper(tmp_path)
+    made.init()
+    made.add(certificate(OLD))
+    made.publish()
+    return made
+
+
+@pytest.fixture
+def host(tmp_path: Path, keeper: Keeper) -> Follower:
+    """A host that trusts the store and its issuer, and has not synced yet."""
+    made = Follower(tmp_path / "host", keeper)
+    made.pin()
+    return made
+
+
+def refused(host: Follower) -> str:
+    """The id with which a sync fails; the index stays byte for byte as it was."""
+    before = host.layout.index.read_bytes() if host.layout.index.exists() else b""
+    with pytest.raises(Error) as caught:
+        host.sync()
+    assert (host.layout.index.read_bytes() if host.layout.index.exists() else b"") == before
+    return caught.value.id
+
+
+def replace(keeper: Keeper) -> None:
+    """Revoke the old kernel, certify the new one."""
+    old = certificates.read(next(keeper.publisher.certificates.iterdir()).read_bytes())
+    keeper.publisher.revoke([old.id], None, quiet)
+    keeper.add(certificate(NEW))
+    keeper.publish()
+
+
+# -- following ----------------------------------------------------------------------------------
+
+
+def test_what_is_published_is_certified_and_what_is_revoked_no_longer(keeper: Keeper, host: Follower) -> None:
+    assert host.sync()[:3] == (1, 0, ())
+    assert host.certified(OLD, NEW) == [OLD]
+    replace(keeper)
+    assert host.sync()[:3] == (1, 1, ())
+    assert host.certified(OLD, NEW) == [NEW]
+    assert len(list((host.layout.store / "certificates").iterdir())) == 1
+
+
+def test_a_sync_without_news_leaves_the_index_alone(host: Follower) -> None:
+    host.sync()
+    before = host.layout.index.stat()
+    assert host.sync()[:3] == (0, 0, ())
+    assert host.layout.index.stat() == before
+
+
+def test_the_index_ends_with_the_first_role_that_ends(keeper: Keeper, host: Follower) -> None:
+    host.sync()
+    end = Index.open(str(host.layout.index)).expires
+    assert 0 < time.time() + 3 * 86400 - end < 60
+    assert host.certified(OLD, now=end) == [OLD]
+    assert host.certified(OLD, now=end + 1) == []
+    keeper.rotate(days={"targets": 2})
+    keeper.add(certificate(NEW))
+    keeper.publish()
+    host.sync()
+    assert 0 < time.time() + 2 * 86400 - Index.open(str(host.layout.index)).expires < 60
+
+
+def test_a_new_timestamp_prolongs_the_index(keeper: Keeper, host: Follower) -> None:
+    host.sync()
+    before = Index.open(str(host.layout.index)).expires
+    keeper.publish("online", days=1)
+    assert host.sync()[:3] == (0, 0, ())
+    assert 86390 < Index.open(str(host.layout.index)).expires - before < 86460
+
+
+def test_what_was_verified_is_not_verified_again_unless_the_trust_file_changes(
+    keeper: Keeper, host: Follower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified = []
+    verify = certificates.verify
+    monkeypatch.setattr(certificates, "verify", lambda *args: verified.append(1) or verify(*args))
+    host.sync()
+    keeper.add(certificate(NEW))
+    keeper.publish()
+    host.sync()
+    assert len(verified) == 2
+    host.layout.trust.write_text("# a comment\n" + trust_text(ED25519))
+    host.sync()
+    assert len(verified) == 2
+    host.layout.trust.write_text(trust_text(ED25519, P256))
+    host.sync()
+    assert len(verified) == 4
+
+
+def test_who_is_no_longer_trusted_is_no_longer_certified(host: Follower) -> None:
+    host.sync()
+    host.layout.trust.write_text(trust_text(P256))
+    outcome = host.sync()
+    assert [refusal.error.id for refusal in outcome.refused] == ["trust.signature"]
+    assert (outcome.removed, host.certified(OLD)) == (1, [])
+
+
+def test_a_lost_or_damaged_index_or_cache_is_made_again(host: Follower) -> None:
+    def lose_index() -> None:
+        host.layout.index.unlink()
+
+    def damage_index() -> None:
+        host.layout.index.write_bytes(b"nothing")
+
+    def damage_record() -> None:
+        (host.layout.store / "verified.json").write_text('{"trust": 1}')
+
+    def lose_cache() -> None:
+        shutil.rmtree(host.layout.store)
+
+    host.sync()
+    for harm in (lose_index, damage_index, damage_record, lose_cache):
+        harm()
+        host.sync()
+        assert host.certified(OLD) == [OLD], harm.__name__
+
+
+def test_a_spoilt_copy_of_a_certificate_is_fetched_again(host: Follower) -> None:
+    host.sync()
+    (copy,) = (host.layout.store / "certificates").iterdir()
+    copy.write_bytes(certificate(NEW))
+    host.layout.index.unlink()
+    assert refused(host) == "store.damaged"
+    host.sync()
+    assert host.certified(OLD, NEW) == [OLD]
+
+
+def test_two_syncs_do_not_mix(host: Follower) -> None:
+    host.sync()
+    other = os.open(host.layout.store, os.O_RDONLY)
+    try:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert refused(host) == "store.busy"
+    finally:
+        os.close(other)
+
+
+def test_without_root_trust_or_store_nothing_happens(keeper: Keeper, host: Follower) -> None:
+    root = host.layout.store_root.read_bytes()
+    host.layout.store_root.unlink()
+    assert refused(host) == "store.root-missing"
+    host.layout.store_root.write_bytes(b"{}")
+    assert refused(host) == "store.invalid"
+    host.layout.store_root.write_bytes(root)
+    keeper.public.rename(keeper.directory / "away")
+    assert refused(host) == "store.download"
+    host.layout.trust.unlink()
+    assert refused(host) == "trust.file-missing"
+
+
+# -- attacks on the store -----------------------------------------------------------------------
+
+
+def test_rollback_of_everything(keeper: Keeper, host: Follower) -> None:
+    """So it is when the clock goes backwards: the old store would be good at that time, but is older than what was."""
+    before = keeper.directory / "before"
+    shutil.copytree(keeper.public, before)
+    replace(keeper)
+    host.sync()
+    shutil.rmtree(keeper.public)
+    before.rename(keeper.public)
+    assert refused(host) == "store.rollback"
+    assert host.certified(OLD, NEW) == [NEW]
+
+
+def test_rollback_of_the_snapshot_by_who_has_the_online_key(keeper: Keeper, host: Follower) -> None:
+    replace(keeper)
+    host.sync()
+
+    def back(timestamp: Any) -> None:
+        timestamp.version += 1
+        timestamp.snapshot_meta.version = 1
+        timestamp.snapshot_meta.length = timestamp.snapshot_meta.hashes = None
+
+    keeper.forge("timestamp.json", back, "online")
+    assert refused(host) == "store.rollback"
+
+
+def test_rollback_of_the_targets_by_who_has_the_online_key(keeper: Keeper, host: Follower) -> None:
+    replace(keeper)
+    host.sync()
+
+    def back(snapshot: Any) -> None:
+        snapshot.version = 3
+        snapshot.meta["targets.json"].version = 1
+        snapshot.meta["targets.json"].length = snapshot.meta["targets.json"].hashes = None
+
+    def point(timestamp: Any) -> None:
+        timestamp.version += 1
+        timestamp.snapshot_meta.version = 3
+        timestamp.snapshot_meta.length = timestamp.snapshot_meta.hashes = None
+
+    keeper.forge("2.snapshot.json", back, "online", to="3.snapshot.json")
+    keeper.forge("timestamp.json", point, "online")
+    assert refused(host) == "store.rollback"
+    assert host.certified(OLD, NEW) == [NEW]
+
+
+def test_freeze(keeper: Keeper, host: Follower) -> None:
+    """Who withholds what is new stops nothing: the index ends by itself, and the store it shows is soon refused."""
+    keeper.publish("online", days=2 / 86400 - 3)
+    host.sync()
+    end = Index.open(str(host.layout.index)).expires
+    time.sleep(max(0, end + 1.1 - time.time()))
+    assert refused(host) == "store.expired"
+    assert host.certified(OLD) == []
+    keeper.publish("online")
+    host.sync()
+    assert host.certified(OLD) == [OLD]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_expired_role(keeper: Keeper, host: Follower, role: str) -> None:
+    host.sync()
+    ago = {"root": -366, "targets": -121, "snapshot": -15, "timestamp": -4}[role]
+    names = ("root", "targets", "online")
+    keeper.rotate(days={one: 1000 for one in ROLES if one != role})
+    keeper.publish(*names, days=0)
+    if role == "root":
+        keeper.forge("2.root.json", lambda r: setattr(r, "expires", r.expires.replace(year=2020)), *names)
+        assert refused(host) == "store.expired"
+        return
+    keeper.add(certificate(NEW))
+    keeper.publish(*names, days=ago)
+    assert refused(host) == "store.expired"
+    assert host.certified(OLD, NEW) == [OLD]
+
+
+def test_mix_and_match(keeper: Keeper, host: Follower) -> None:
+    replace(keeper)
+    shutil.copy(keeper.file("1.targets.json"), keeper.file("2.targets.json"))
+    assert refused(host) == "store.mismatch"
+    shutil.copy(keeper.file("1.snapshot.json"), keeper.file("2.snapshot.json"))
+    assert refused(host) == "store.mismatch"
+
+
+def test_mirror_that_exchanges_certificates(keeper: Keeper, host: Follower) -> None:
+    keeper.add(certificate(NEW))
+    keeper.publish()
+    one, other = (keeper.public / "targets/certificates").iterdir()
+    shutil.copy(one, other)
+    assert refused(host) in ("store.mismatch", "store.too-large")
+    assert not host.layout.index.exists()
+
+
+def endless(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(10**12)
+
+
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize(("make", "id"), [(endless, "too-large"), (fifo, "download"), (device, "download")])
+@pytest.mark.parametrize("name", ["timestamp.json", "1.snapshot.json", "1.targets.json", "2.root.json", "target"])
+def test_endless_data(keeper: Keeper, host: Follower, name: str, make: Callable[[Path], None], id: str) -> None:
+    path = keeper.file(name)
+    if name == "target":
+        (path,) = (keeper.public / "targets/certificates").iterdir()
+    elif not path.exists():
+        path.touch()
+    make(path)
+    assert refused(host) == f"store.{id}"
+
+
+@pytest.mark.parametrize("signed", [("targets",), ("targets-2",), ("online", "root"), ()])
+def test_fewer_signatures_than_the_threshold(tmp_path: Path, signed: tuple[str, ...]) -> None:
+    keeper = Keeper(tmp_path)
+    keeper.init(targets=2)
+    keeper.add(certificate(OLD))
+    keeper.publish("root", "targets", "targets-2", "online")
+    host = Follower(tmp_path / "host", keeper)
+    host.pin()
+    data = keeper.forge("1.targets.json", lambda targets: None, *signed)
+
+    def point(snapshot: Any) -> None:
+        snapshot.meta["targets.json"].length = len(data)
+        snapshot.meta["targets.json"].hashes = {"sha256": hashlib.sha256(data).hexdigest()}
+
+    data_of_snapshot = keeper.forge("1.snapshot.json", point, "online")
+
+    def to(timestamp: Any) -> None:
+        timestamp.snapshot_meta.length = len(data_of_snapshot)
+        timestamp.snapshot_meta.hashes = {"sha256": hashlib.sha256(data_of_snapshot).hexdigest()}
+
+    keeper.forge("timestamp.json", to, "online")
+    assert refused(host) == "store.signature"
+
+
+def test_the_same_signature_twice_counts_once(tmp_path: Path) -> None:
+    keeper = Keeper(tmp_path)
+    keeper.init(root=2)
+    keeper.publish("root", "root-2", "targets", "online")
+    host = Follower(tmp_path / "host", keeper)
+    host.pin()
+    keeper.rotate()
+    assert keeper.publish("root", "targets", "online").missing
+    root = json.loads((keeper.publisher.drafts / "root.json").read_bytes())
+    root["signatures"] *= 2
+    keeper.file("2.root.json").write_text(json.dumps(root))
+    assert refused(host) == "store.invalid"
+    root["signatures"][1] = {**root["signatures"][0], "keyid": keeper.public_key("root-2").keyid}
+    keeper.file("2.root.json").write_text(json.dumps(root))
+    assert refused(host) == "store.signature"
+
+
+def test_roots_are_followed_over_several_versions(keeper: Keeper, host: Follower) -> None:
+    for generation in range(3):
+        last, next_ = (f"root{n or ''}" for n in (generation, generation + 1))
+        keeper.rotate(add=[("root", keeper.public_key(next_))], remove=[("root", keeper.public_key(last).keyid)])
+        keeper.publish(last, next_, "targets", "online")
+    host.sync()
+    assert host.certified(OLD) == [OLD]
+    assert sorted(path.name for path in (host.layout.store / "metadata/root_history").iterdir()) == [
+        f"{version}.root.json" for version in (1, 2, 3, 4)
+    ]
+
+
+def test_a_root_that_the_old_keys_did_not_sign(keeper: Keeper, host: Follower) -> None:
+    host.sync()
+    keeper.rotate(add=[("root", keeper.public_key("mine"))], remove=[("root", keeper.public_key("root").keyid)])
+    keeper.publish("root", "mine", "targets", "online")
+    keeper.forge("2.root.json", lambda root: None, "mine")
+    assert refused(host) == "store.signature"
+
+
+def test_a_missing_root_in_the_chain(keeper: Keeper, host: Follower) -> None:
+    for name in ("online2", "online3"):
+        roles = ("snapshot", "timestamp")
+        last = "online" if name == "online2" else "online2"
+        keeper.rotate(
+            add=[(role, keeper.public_key(name)) for role in roles],
+            remove=[(role, keeper.public_key(last).keyid) for role in roles],
+        )
+        keeper.publish("root", "targets", name)
+    keeper.file("2.root.json").unlink()
+    assert refused(host) == "store.signature"
+
+
+def test_a_revoked_online_key_signs_nothing_any_more(keeper: Keeper, host: Follower) -> None:
+    host.sync()
+    roles = ("snapshot", "timestamp")
+    keeper.rotate(
+        add=[(role, keeper.public_key("fresh")) for role in roles],
+        remove=[(role, keeper.public_key("online").keyid) for role in roles],
+    )
+    keeper.publish("root", "targets", "fresh")
+    host.sync()
+    keeper.forge("timestamp.json", lambda timestamp: setattr(timestamp, "version", 9), "online")
+    assert refused(host) == "store.signature"
+
+
+@pytest.mark.parametrize(
+    "path", ["../../../etc/shadow", "/etc/shadow", "certificates/../../x.json", "certificates/x.json", "other", ""]
+)
+def test_target_paths_cannot_leave_their_place(keeper: Keeper, host: Follower, path: str) -> None:
+    data = b"evil"
+    relist(keeper, lambda targets: targets.update({path: TargetFile.from_data(path, data)}))
+    before = {file for file in keeper.directory.rglob("*") if host.layout.store not in file.parents}
+    outcome = host.sync()
+    assert [(refusal.target, refusal.error.id) for refusal in outcome.refused] == [(path, "store.target")]
+    assert host.certified(OLD) == [OLD]
+    after = {file for file in keeper.directory.rglob("*") if host.layout.store not in file.parents}
+    assert after - before == {host.layout.store, host.layout.index}
+
+
+def relist(keeper: Keeper, change: Callable[[dict[str, TargetFile]], None]) -> None:
+    """Publish targets that the publisher would not make; all keys are the attacker's."""
+    loose = {"length": None, "hashes": None}
+
+    def relisted(targets: Any) -> None:
+        change(targets.targets)
+
+    def loosen(of: str) -> Callable[[Any], None]:
+        def change(signed: Any) -> None:
+            vars(signed.meta["targets.json"] if of == "snapshot" else signed.snapshot_meta).update(loose)
+
+        return change
+
+    keeper.forge("1.targets.json", relisted, "targets")
+    keeper.forge("1.snapshot.json", loosen("snapshot"), "online")
+    keeper.forge("timestamp.json", loosen("timestamp"), "online")
+
+
+def test_a_certificate_of_100_megabytes_is_not_even_fetched(keeper: Keeper, host: Follower) -> None:
+    name = "0" * 64
+    big = TargetFile(100_000_000, {"sha256": name}, f"certificates/{name}.json")
+    relist(keeper, lambda targets: targets.update({big.path: big}))
+    outcome = host.sync()
+    assert [(refusal.target, refusal.error.id) for refusal in outcome.refused] == [(big.path, "store.too-large")]
+    assert host.certified(OLD) == [OLD]
+
+
+def test_a_store_larger_than_a_host_keeps_is_refused_whole(keeper: Keeper, host: Follower) -> None:
+    names = [f"{number:064x}" for number in range(400)]
+    many = {f"certificates/{n}.json": TargetFile(64_000_000, {"sha256": n}, f"certificates/{n}.json") for n in names}
+    relist(keeper, lambda targets: targets.update(many))
+    assert refused(host) == "store.too-large"
+
+
+# -- attacks by issuers -------------------------------------------------------------------------
+
+
+def test_what_this_host_does_not_accept_is_left_out_and_named(keeper: Keeper, host: Follower) -> None:
+    elsewhere = "https://example.net/property"
+    stranger = Claim("https://example.net/stranger", (BOOT,), (subject(b"c"),), 0, 4_000_000_000)
+    bad = {
+        "trust.signature": certificate(b"a", signers=(P256,)),
+        "trust.prefix": certificate(b"b", properties=(BOOT, elsewhere)),
+        "trust.issuer-unknown": certificates.issue(stranger, [ED25519], 0),
+    }
+    keeper.add(*bad.values(), certificate(NEW))
+    keeper.publish()
+    outcome = host.sync()
+    assert sorted(refusal.error.id for refusal in outcome.refused) == sorted(bad)
+    assert host.certified(OLD, NEW, b"a", b"b", b"c") == [OLD, NEW]
+    said = CliRunner().invoke(command, ["sync", "--root", str(host.layout.root), "--url", str(keeper.public)])
+    assert said.exit_code == 1
+    assert all(f"[{id}]" in said.output for id in bad)
+
+
+def test_nonsense_with_a_right_name_is_left_out(keeper: Keeper, host: Follower) -> None:
+    for data in (b"", b"{}", b"[" * 100_000, b"\xff" * 100):
+        name = hashlib.sha256(data).hexdigest()
+        (keeper.publisher.certificates / f"{name}.json").write_bytes(data)
+    keeper.publish()
+    outcome = host.sync()
+    assert {refusal.error.id for refusal in outcome.refused} <= {"trust.json", "trust.field"}
+    assert len(outcome.refused) == 4
+    assert host.certified(OLD) == [OLD]
+
+
+def test_an_expired_certificate_is_taken_and_never_counts(keeper: Keeper, host: Follower) -> None:
+    keeper.add(certificate(NEW, begins=0, ends=1))
+    keeper.publish()
+    assert host.sync()[:3] == (2, 0, ())
+    assert host.certified(OLD, NEW) == [OLD]
+
+
+# -- interruptions ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [kill, no_space])
+def test_interrupted_anywhere_the_old_index_serves_and_the_next_sync_succeeds(
+    keeper: Keeper, host: Follower, tmp_path: Path, how: Callable[[], None]
+) -> None:
+    host.sync()
+    replace(keeper)
+    start = tmp_path / "start"
+    shutil.copytree(host.layout.root, start, symlinks=True)
+    for number in range(1, 200):
+        status = interrupt(host.sync, number, how)
+        assert status in (0, 1, 7, 9), number
+        assert host.certified(OLD, NEW) in ([OLD], [NEW]), number
+        host.sync()
+        assert host.certified(OLD, NEW) == [NEW], number
+        left = [file.name for file in host.layout.root.rglob("*") if file.name.startswith((".", "tmp", "new"))]
+        assert left == [], number
+        if status == 0:
+            break
+        shutil.rmtree(host.layout.root)
+        shutil.copytree(start, host.layout.root, symlinks=True)
+    assert 20 < number < 199
+
+
+@pytest.mark.parametrize("size", [0, 100, 700, 2000, 5000, 15000])
+def test_disk_full(keeper: Keeper, host: Follower, size: int) -> None:
+    host.sync()
+    replace(keeper)
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        host.sync()
+
+    assert interrupt(limited, 0, kill) == 7
+    assert host.certified(OLD, NEW) == [OLD]
+    host.sync()
+    assert host.certified(OLD, NEW) == [NEW]
