@@ -168,8 +168,8 @@ class Publisher:
             published, drafts = self._published(), self._waiting()
             self._sweep()
             wanted = self._wanted()
-            known = _keys(published.root) + _keys(drafts.root)
-            step = repository.advance(published, drafts, wanted, open_signers(names, known, ask), now)
+            signers = open_signers(names, self._known_keys(published, drafts), ask)
+            step = repository.advance(published, drafts, wanted, signers, now)
             before = published.targets.signed.targets if published.targets else {}
             if step.files:
                 self._copy_certificates(wanted)
@@ -217,6 +217,12 @@ class Publisher:
         snapshot = _load(self.metadata / f"{timestamp.signed.snapshot_meta.version}.snapshot.json")
         version = snapshot.signed.meta["targets.json"].version
         return State(root, _load(self.metadata / f"{version}.targets.json"), snapshot, timestamp)
+
+    def _known_keys(self, published: State, drafts: State) -> list[Key]:
+        """Those of the root before, too: an interrupted rotation is repeated with the same keys."""
+        before = self.metadata / f"{published.root.signed.version - 1 if published.root else 0}.root.json"
+        roots = (published.root, drafts.root, _load(before) if before.exists() else None)
+        return [key for root in roots if root for key in root.signed.keys.values()]
 
     def _versioned(self) -> list[re.Match[str]]:
         return [found for path in self.metadata.iterdir() if (found := _VERSIONED.fullmatch(path.name))]
@@ -320,10 +326,6 @@ def _covering(held: dict[Path, Certificate], going: set[Path]) -> set[Path]:
         for file in staying
         if any(digest in digests for subject in held[file].subjects for digest in subject.digests.values())
     }
-
-
-def _keys(root: Metadata[Root] | None) -> list[Key]:
-    return list(root.signed.keys.values()) if root else []
 
 
 def _load(path: Path) -> Metadata[Any]:
