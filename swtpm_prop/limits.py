@@ -47,6 +47,10 @@ ANNOTATIONS = 8
 ANNOTATION_CHARS = 256
 """Longest name or value of an annotation; the longest Debian package name has 66 characters, its version 60."""
 
+JSON_VALUES = 2_500_000
+"""Most values in certificate JSON, by its braces, brackets and commas; a certificate of SUBJECTS subjects with three
+digests and two annotations each has 2,000,000. 64 MB of empty objects would take 1.8 GB of memory."""
+
 JSON_DEPTH = 16
 """Deepest nesting of certificate JSON; ours needs 5."""
 

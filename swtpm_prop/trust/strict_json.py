@@ -6,7 +6,7 @@ import json
 from typing import Any, TypeVar
 
 from swtpm_prop.errors import TrustError
-from swtpm_prop.limits import CERTIFICATE_BYTES, JSON_DEPTH
+from swtpm_prop.limits import CERTIFICATE_BYTES, JSON_DEPTH, JSON_VALUES
 
 T = TypeVar("T")
 Object = dict[str, Any]
@@ -22,6 +22,9 @@ def parse(data: bytes) -> Object:
     """
     if len(data) > CERTIFICATE_BYTES:
         raise TrustError("trust.too-large", f"it has {len(data)} bytes, allowed are {CERTIFICATE_BYTES}")
+    # Before it is parsed: each value takes up to a hundred times its bytes in memory. Commas in strings count too.
+    if sum(map(data.count, (b"{", b"[", b","))) > JSON_VALUES:
+        raise TrustError("trust.too-large", f"it has more than {JSON_VALUES} values")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
     except RecursionError:
