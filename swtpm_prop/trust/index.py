@@ -277,7 +277,7 @@ class Index:
             self._db.execute("PRAGMA mmap_size=0")
             self._db.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
             self._db.execute("PRAGMA trusted_schema=OFF")
-            # One transaction for good: nobody writes, and to begin and end one for each lookup is two fifths of its cost.
+            # One transaction for good: nobody writes, and to begin and end one is two fifths of a lookup.
             self._db.execute("BEGIN")
             self._check_contents(self._db)
         except StoreError:
