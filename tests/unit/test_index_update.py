@@ -203,20 +203,24 @@ def test_damage_where_the_change_is(path: Path) -> None:
     assert update(path, removed=(certificates[3].id,)).certificates == 19
 
 
-@pytest.mark.parametrize("moment", ["copying", "reading certificates", "sorting"])
+@pytest.mark.parametrize("moment", ["copy_file_range", "reading certificates", "sorting", "fsync", "replace"])
 def test_killed(path: Path, moment: str) -> None:
+    """By SIGKILL, as the work says what it does next, or instead of a system call."""
     build(path, issued())
     before = path.read_bytes()
     script = (
         "import os, sys\nfrom pathlib import Path\nsys.path[:0] = sys.argv[3:]\n"
         "from certifier import issued, subject\nfrom swtpm_prop.trust.build import update\n"
-        "die = lambda doing, done: os.kill(os.getpid(), 9) if doing == sys.argv[2] else None\n"
-        "update(Path(sys.argv[1]), [issued(subject(b'new'))], (), None, die)\n"
+        "die = lambda *_: os.kill(os.getpid(), 9)\n"
+        "if hasattr(os, sys.argv[2]): setattr(os, sys.argv[2], die)\n"
+        "report = lambda doing, done: die() if doing == sys.argv[2] else None\n"
+        "update(Path(sys.argv[1]), [issued(subject(b'new'))], (), None, report)\n"
     )
     tests = Path(__file__).parents[1]
     command = [sys.executable, "-c", script, str(path), moment, str(tests), str(tests.parent)]
     assert subprocess.run(command, check=False).returncode == -9
     assert path.read_bytes() == before
+    assert len(names(path.parent)) == 2
     update(path, issued(subject(b"new")))
     assert names(path.parent) == [path.name]
     assert reason(path, digests_of(b"new")) == ""
