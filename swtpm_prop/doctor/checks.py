@@ -18,6 +18,7 @@ CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
     access.readable,
     rehearsal.rehearsal,
     index.index,
+    index.store,
     daemon.daemons,
     confinement.apparmor,
     confinement.selinux,

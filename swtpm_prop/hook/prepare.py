@@ -11,7 +11,7 @@ from pathlib import Path
 from swtpm_prop.account import Account, swtpm_account
 from swtpm_prop.domain.log import ended_inactive
 from swtpm_prop.domain.metadata import Vtpm, parse_domain
-from swtpm_prop.errors import DomainError, HostError
+from swtpm_prop.errors import DomainError, HostError, StoreError
 from swtpm_prop.hook import files
 from swtpm_prop.layout import Layout
 from swtpm_prop.trust.index import Index
@@ -56,11 +56,19 @@ def _look_at_path(layout: Layout) -> None:
 
 
 def _look_at_index(layout: Layout) -> None:
-    """The index must be usable. An expired one makes every measurement uncertified, and so says itself in the log."""
+    """The index must be usable. What an expired one means is the operator's choice; it says so itself in the log."""
     index = Index.open(str(layout.index))
     index.close()
-    if index.expires < time.time():
-        print("swtpm-prop: the certificate index has expired, nothing will be certified", file=sys.stderr)
+    if index.expires >= time.time():
+        return
+    # Imported here because it is seldom needed, and tomllib costs a tenth of this call.
+    from swtpm_prop import host_config
+
+    what = "the certificate index has expired"
+    mend = "run swtpm-prop store sync, or store build, with what is current"
+    if host_config.load(layout.host).stale == "refuse":
+        raise StoreError("store.stale", f"{what}, and this host's configuration refuses to start guests then", mend)
+    print(f"swtpm-prop: {what}, nothing will be certified [store.stale]: {mend}", file=sys.stderr)
 
 
 def _write(uuid: str, banks: str, layer: bytes, account: Account, layout: Layout) -> None:

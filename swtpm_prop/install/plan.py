@@ -17,6 +17,7 @@ DAEMONS = ("libvirtd", "virtqemud")
 """The daemons that start swtpm: the monolithic one and, since libvirt 5.6, the modular one."""
 
 APPARMOR = PurePosixPath("/etc/apparmor.d")
+SYSTEMD = PurePosixPath("/etc/systemd/system")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ Step = Directory | File | Block
 
 def plan(host: Host) -> tuple[Step, ...]:
     """The steps in the order they are safe in: what is called before what calls it, the daemon's PATH last."""
-    pieces = (*_programs(host), *_apparmor(host), *_services())
+    pieces = (*_programs(host), *_apparmor(host), *_sync(host), *_services())
     return (*_directories(), *_parents(pieces), *pieces)
 
 
@@ -110,12 +111,21 @@ def _programs(host: Host) -> Iterator[File]:
     yield File(PurePosixPath(layout.hook), script.render(host.python, layout).encode(), 0o755)
 
 
+def _sync(host: Host) -> Iterator[File]:
+    """Units that follow a store; the operator who has one enables the timer."""
+    at = Layout()
+    program = host.prefix / "bin/swtpm-prop"
+    service = _text("sync.service", etc=at.etc, program=program, state=at.state)
+    yield File(SYSTEMD / "swtpm-prop-sync.service", service)
+    yield File(SYSTEMD / "swtpm-prop-sync.timer", _text("sync.timer"))
+
+
 def _services() -> Iterator[File]:
     layout = Layout()
     yield File(PurePosixPath("/etc/tmpfiles.d/swtpm-prop.conf"), _text("tmpfiles.conf", run=layout.run))
     drop_in = _text("systemd.conf", libexec=layout.libexec, path=PATH)
     for daemon in DAEMONS:
-        yield File(PurePosixPath(f"/etc/systemd/system/{daemon}.service.d/swtpm-prop.conf"), drop_in)
+        yield File(SYSTEMD / f"{daemon}.service.d/swtpm-prop.conf", drop_in)
 
 
 def _apparmor(host: Host) -> Iterator[File | Block]:

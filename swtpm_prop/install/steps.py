@@ -242,7 +242,7 @@ def _regular(path: Path) -> bytes | None:
 
 def _purge(layout: Layout) -> list[Done]:
     done = []
-    for path in (layout.logs, layout.run, layout.etc, layout.guests, layout.index.parent):
+    for path in (layout.logs, layout.run, layout.etc, layout.guests, layout.index.parent, layout.store):
         if path.exists():
             shutil.rmtree(path)
             done.append(("removed with its data", "/" + str(path.relative_to(layout.root))))

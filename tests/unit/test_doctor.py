@@ -297,6 +297,26 @@ def test_index_missing_or_corrupt_is_the_stores_own_finding(root: Path) -> None:
     assert {f.id for f in examine(patient(root)) if f.id.startswith("store.")} == {"store.index-missing"}
 
 
+def test_a_followed_index_is_renewed_daily(root: Path) -> None:
+    layout = Layout(root)
+    assert found(index.store(patient(root))) == {}
+    layout.host.write_text('[store]\nurl = "https://example.org/store"\n')
+    build_index(layout, 1 * DAY)
+    assert found(index.index(patient(root))) == {"index.usable": State.OK}
+    build_index(layout, DAY // 3)
+    assert found(index.index(patient(root))) == {"index.expires-soon": State.WARNING}
+    assert found(index.store(patient(root))) == {"store.root-missing": State.PROBLEM}
+    layout.store_root.write_text("{}")
+    assert found(index.store(patient(root))) == {"store.not-followed": State.WARNING}
+    timer = root / index.TIMER.lstrip("/")
+    timer.parent.mkdir()
+    timer.symlink_to("/etc/systemd/system/swtpm-prop-sync.timer")
+    assert found(index.store(patient(root))) == {"store.followed": State.OK}
+    layout.host.write_text("[store]\nurl = 1\n")
+    assert "host.config" in {finding.id for finding in examine(patient(root))}
+    assert found(index.index(patient(root))) == {"index.expires-soon": State.WARNING}
+
+
 # -- the daemon ---------------------------------------------------------------------------------
 @contextmanager
 def process(program: Path, path: str) -> Iterator[int]:

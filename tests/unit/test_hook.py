@@ -174,7 +174,20 @@ def test_a_libvirt_that_would_start_another_swtpm_refuses_the_start(
 def test_an_expired_index_only_warns(host: Layout, capsys: pytest.CaptureFixture[str]) -> None:
     build(host.index, (), 1, lambda *_: None)
     assert prepare(host, domain()) == 0
-    assert "expired" in capsys.readouterr().err
+    assert "nothing will be certified [store.stale]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("config", "id"), [('"refuse"', "store.stale"), ('"refuze"', "host.config")])
+def test_an_expired_index_refuses_the_start_where_the_operator_wants_it(
+    host: Layout, capsys: pytest.CaptureFixture[str], config: str, id: str
+) -> None:
+    host.etc.mkdir(parents=True)
+    host.host.write_text(f"[store]\nstale = {config}\n")
+    assert prepare(host, domain()) == 0
+    build(host.index, (), 1, lambda *_: None)
+    assert prepare(host, domain(metadata="")) == 0
+    assert prepare(host, domain()) == 1
+    assert f"[{id}]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["link", "directory"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -225,6 +226,25 @@ def test_a_block_file_that_we_made_goes_again(root: Path) -> None:
     assert (root / GUEST_RULES).read_text().startswith("# BEGIN swtpm-prop\n")
     steps.uninstall(Layout(root), purge=False)
     assert snapshot(root) == before
+
+
+def test_units_that_follow_a_store_are_whole_and_not_enabled(root: Path) -> None:
+    layout = Layout(root)
+    (root / "usr/bin").mkdir()
+    (root / "usr/bin/swtpm-prop").symlink_to("/bin/true")
+    steps.install(layout, replace(HOST, prefix=Path("/usr")))
+    units = root / "etc/systemd/system"
+    assert {path.name for path in units.glob("swtpm-prop-*")} == {"swtpm-prop-sync.service", "swtpm-prop-sync.timer"}
+    assert not list(units.glob("*.wants"))
+    service = (units / "swtpm-prop-sync.service").read_text()
+    assert "ExecStart=/usr/bin/swtpm-prop store sync\n" in service
+    assert "ReadWritePaths=/var/lib/swtpm-prop\n" in service
+    (units / "swtpm-prop-sync.service").write_text(service.replace("/usr/bin/swtpm-prop", "/bin/true"))
+    for unit in ("swtpm-prop-sync.service", "swtpm-prop-sync.timer"):
+        checked = subprocess.run(
+            ["systemd-analyze", "verify", "--man=no", str(units / unit)], check=False, capture_output=True, text=True
+        )
+        assert "swtpm-prop-sync" not in checked.stderr, checked.stderr
 
 
 def test_plan_without_apparmor_writes_nothing_there() -> None:
