@@ -11,23 +11,23 @@ so that ``held`` can come from translation only.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 from swtpm_prop.errors import LayerError, WireError
 from swtpm_prop.limits import EXTEND_DIGESTS, OWN_TRIES
 from swtpm_prop.tpm import commands as tpm
+from swtpm_prop.tpm import ima
 from swtpm_prop.tpm.algorithms import ALGORITHMS, Digest, Digests, HashAlgorithm
 from swtpm_prop.tpm.pcr import READ_PCRS, Selection, build_pcr_read, hide_banks, parse_pcr_read
 from swtpm_prop.translate import record
-from swtpm_prop.translate.policy import BROKEN, HELD, UNMEASURED, Bank, broken_digest, held_digest, state
+from swtpm_prop.translate.aggregate import expecting_aggregate
+from swtpm_prop.translate.policy import BROKEN, HELD, UNMEASURED, Bank, Judge, broken_digest, held_digest, state
 from swtpm_prop.translate.record import Record
 from swtpm_prop.translate.verdict import Verdict
 
 Banks = tuple[Bank, ...]
-Judge = Callable[[Bank, Mapping[str, bytes]], Verdict]
-"""Bank and measured digests (algorithm name to bytes) to verdict; the index and the clock stand behind it."""
 
 
 class Outcome(NamedTuple):
@@ -96,6 +96,8 @@ def _extend(command: bytes, banks: Banks, judge: Judge) -> Steps:
     values = _values((yield target.read), target.selection)
     if values is None:
         return (yield from _pass_and_break(command, "PCR_Extend", banks))
+    if _may_be_aggregate(pcr, target, values):
+        judge = yield from expecting_aggregate(judge)
     raw, own, records = _translate("PCR_Extend", pcr, digests, target, values, judge)
     # Where they would be more digests than the TPM takes, a second command.
     fits = len(raw) + len(own) <= EXTEND_DIGESTS
@@ -121,6 +123,8 @@ def _extend_by_session(command: bytes, pcr: int, digests: Digests, touched: Bank
         values = _values((yield target.read), target.selection)
         if values is None:
             raise LayerError("layer.pcr-read", f"PCR {pcr} cannot be read after it was extended")
+        if _may_be_aggregate(pcr, target, values):
+            judge = yield from expecting_aggregate(judge)
         _, own, translated = _translate("PCR_Extend", pcr, digests, target, values, judge)
         yield from _own_extend(pcr, own)
         records += translated
@@ -210,6 +214,11 @@ def _translate(
         records.append(record.measurement(name, pcr, digests, bank.algorithm.name, after, verdict))
     raw = tuple([digest for digest in digests if digest[0] not in target.algorithms])
     return raw, tuple(own), tuple(records)
+
+
+def _may_be_aggregate(pcr: int, target: _Target, values: Sequence[bytes]) -> bool:
+    """Whether this is the first measurement into IMA's PCR."""
+    return pcr == ima.PCR and UNMEASURED in map(state, target.banks, values)
 
 
 def _step(bank: Bank, before: str, verdict: Verdict) -> tuple[str, bytes]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
 from swtpm_prop.tpm.algorithms import HashAlgorithm
+from swtpm_prop.translate.verdict import Verdict
 
 UNMEASURED = "unmeasured"
 HELD = "held"
@@ -28,6 +29,10 @@ class Bank(NamedTuple):
     pcrs: frozenset[int]
     visible: bool
     properties: tuple[str, ...]
+
+
+Judge = Callable[[Bank, Mapping[str, bytes]], Verdict]
+"""Bank and measured digests (algorithm name to bytes) to verdict; the index and the clock stand behind it."""
 
 
 def canonical(properties: Sequence[str]) -> bytes:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from swtpm_prop.errors import LayerError
 from swtpm_prop.tpm import commands as tpm
 from swtpm_prop.tpm.algorithms import ALGORITHMS, SHA1, SHA256, SHA384, SHA512, Digest
+from swtpm_prop.tpm.ima import boot_aggregate_measurement
 from swtpm_prop.translate.layer import codes, handle, resumed
 from swtpm_prop.translate.policy import (
     BROKEN,
@@ -304,3 +305,53 @@ def _request(route: str, data: bytes, values: tuple[Digest, ...], bank: Bank) ->
     if route == "sequence":
         return command(tpm.CC_EVENT_SEQUENCE_COMPLETE, (4, 0x80000000), PASSWORD * 2, event), False
     return extend(4, (Digest(SHA384, held_digest(bank)),)), False
+
+
+def test_the_boot_aggregate_is_recognised_by_recomputing_it() -> None:
+    bank = BANK._replace(pcrs=frozenset({4, 10}))
+    expected = _aggregate_after_a_boot(bank, ModelTpm(SHA256, SHA384))
+    for name, algorithms, first, wanted in (
+        ("the first measurement", (SHA1, SHA256), b"", HELD),
+        ("not the first", (SHA1, SHA256), GOOD, BROKEN),
+        ("padded beside it", (SHA256, SHA384), b"", HELD),
+        ("padded alone", (SHA384,), b"", BROKEN),
+        ("only SHA-1", (SHA1,), b"", BROKEN),
+    ):
+        model = ModelTpm(SHA256, SHA384)
+        assert _aggregate_after_a_boot(bank, model) == expected
+        if first:
+            run(model, extend(10, digests(first, *ALL)), bank)
+        values = tuple(Digest(a, expected if a == SHA256 else bytes(a.size)) for a in algorithms)
+        run(model, extend(10, values), bank)
+        assert state_of(model, 10, bank) == wanted, name
+
+
+def test_a_boot_aggregate_of_another_boot_or_another_pcr_breaks(model: ModelTpm) -> None:
+    bank = BANK._replace(pcrs=frozenset({4, 10}))
+    expected = Digest(SHA256, _aggregate_after_a_boot(bank, model))
+    assert run(model, extend(4, (expected,)), bank) == [BROKEN]
+    assert run(model, extend(10, (expected,)), bank) == [BROKEN]
+
+
+def test_without_a_usable_index_no_boot_aggregate_counts(model: ModelTpm) -> None:
+    bank = BANK._replace(pcrs=frozenset({10}))
+    expected = Digest(SHA256, _aggregate_after_a_boot(bank, model))
+
+    def stale(bank: Bank, measured: Mapping[str, bytes]) -> Verdict:
+        return Verdict(False, (), "stale-index")
+
+    model.run(handle(extend(10, (expected,)), (bank,), stale))
+    assert state_of(model, 10, bank) == BROKEN
+
+
+def test_a_hidden_bank_recognises_it_under_a_session_too(model: ModelTpm) -> None:
+    bank = HIDDEN._replace(pcrs=frozenset({4, 10}))
+    expected = Digest(SHA256, _aggregate_after_a_boot(bank, model))
+    assert run(model, extend(10, (expected,), HMAC_SESSION), bank) == [HELD]
+
+
+def _aggregate_after_a_boot(bank: Bank, model: ModelTpm) -> bytes:
+    """The SHA-256 that IMA extends into PCR 10 after something was measured into PCR 4."""
+    run(model, extend(4, digests(GOOD, *ALL)), bank)
+    pcrs = {pcr: raw(model, pcr) for pcr in range(10)}
+    return hashlib.sha256(boot_aggregate_measurement("ima-sig", pcrs)).digest()
