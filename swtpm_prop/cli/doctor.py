@@ -36,7 +36,7 @@ def command(root: Path, as_json: bool) -> None:
 
 def _print(findings: list[Finding]) -> None:
     output.table(
-        ("state", "finding", "what"), [(click.style(f.state, fg=COLOURS[f.state]), f.id, f.what) for f in findings]
+        ("state", "finding", "what"), [(output.paint(f.state, COLOURS[f.state]), f.id, f.what) for f in findings]
     )
     for finding in findings:
         if finding.mend:

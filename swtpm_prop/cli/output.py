@@ -26,26 +26,32 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, sort_keys=False, ensure_ascii=True))
 
 
+class Painted(str):
+    """A cell in a colour of ours, whose text is printable already."""
+
+
+def paint(text: str, colour: str | None) -> Painted:
+    """The text, whoever wrote it, made printable and in a colour."""
+    return Painted(click.style(printable(text), fg=colour))
+
+
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print aligned columns; cells are made printable, colours (click.style) in cells are kept out of the widths."""
-    lines = [[_cell(c) for c in row] for row in rows]
-    widths = [max([len(h), *(len(click.unstyle(row[i])) for row in lines)]) for i, h in enumerate(headers)]
-    click.secho("  ".join(h.ljust(w) for h, w in zip(headers, widths, strict=True)).rstrip(), bold=True)
+    """Print aligned columns; all that is not `Painted` is made printable, colours are kept out of the widths."""
+    heads = [printable(header) for header in headers]
+    lines = [[cell if isinstance(cell, Painted) else printable(cell) for cell in row] for row in rows]
+    widths = [max([len(h), *(len(click.unstyle(row[i])) for row in lines)]) for i, h in enumerate(heads)]
+    click.secho("  ".join(h.ljust(w) for h, w in zip(heads, widths, strict=True)).rstrip(), bold=True)
     for row in lines:
         padded = (c + " " * (w - len(click.unstyle(c))) for c, w in zip(row, widths, strict=True))
         click.echo("  ".join(padded).rstrip())
 
 
-def _cell(text: str) -> str:
-    return text if text != click.unstyle(text) and click.unstyle(text).isprintable() else printable(text)
-
-
 COLOURS = {"held": "green", "broken": "red", "unmeasured": "yellow"}
 
 
-def state(word: str) -> str:
-    """A PCR state in its colour: held green, broken red, unmeasured yellow."""
-    return click.style(word, fg=COLOURS.get(word))
+def state(word: str) -> Painted:
+    """A PCR state in its colour, padded or not: held green, broken red, unmeasured yellow."""
+    return paint(word, COLOURS.get(word.strip()))
 
 
 @contextmanager

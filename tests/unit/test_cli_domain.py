@@ -183,6 +183,18 @@ def test_log_as_json_is_the_log_itself(layout: Layout) -> None:
     ]
 
 
+@pytest.mark.parametrize("field", ["state", "bank", "command", "reason", "time"])
+def test_a_log_of_a_taken_over_swtpm_does_not_act_on_the_terminal(layout: Layout, field: str) -> None:
+    lines = [json.loads(line) for line in layout.guest_log(UUID).read_text().splitlines()]
+    for line in lines:
+        line["content"][field] = "\x1b[2J\x1b]0;x\x07"
+    layout.guest_log(UUID).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for verb in ("status", "log"):
+        shown = CliRunner().invoke(command, [verb, "g", "--connect", URI], obj=layout, color=True).output
+        assert "\x1b[2J" not in shown
+        assert "\x1b]" not in shown
+
+
 def test_without_a_log_it_says_so(guest: libvirt.virDomain, tmp_path: Path) -> None:
     for verb in ("status", "log"):
         error = call(verb, "g", layout=Layout(tmp_path)).exception
