@@ -315,9 +315,7 @@ class LayerHost:
         self.setup_shim = self.layout.libexec / "swtpm_setup"
         self.env = {"PATH": f"{self.layout.libexec}:{PATH}", "LANG": "C"}
 
-    def opt_in(
-        self, banks: Sequence[Mapping[str, Any]] = (), *, raw: str = "sha256", uuid: str = UUID
-    ) -> Path:
+    def opt_in(self, banks: Sequence[Mapping[str, Any]] = (), *, raw: str = "sha256", uuid: str = UUID) -> Path:
         """What the hook writes before a start; the path of layer.json."""
         banks = list(banks) or [bank()]
         active = ",".join(dict.fromkeys([*raw.split(","), *(str(each["algorithm"]) for each in banks)]))
