@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tuf.api import exceptions
-from tuf.api.metadata import Metadata, TargetFile
+from tuf.api.metadata import Metadata, TargetFile, Targets
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
 from swtpm_prop.errors import Error, StoreError, TrustError
@@ -35,6 +35,7 @@ from swtpm_prop.trust.build import Summary
 from swtpm_prop.trust.certificate import Certificate
 from swtpm_prop.trust.files import read_file, write_file
 from swtpm_prop.trust.issuers import Trust
+from swtpm_prop.trust.repository import ROLES
 from swtpm_prop.trust.tables import Report
 
 Running = Callable[[Sequence[str], str], Any]
@@ -83,13 +84,15 @@ def sync(layout: Layout, url: str, fetcher: FetcherInterface, running: Running, 
         cache = _Cache(layout.store, trust)
         with _told(url):
             updater = _refreshed(layout, url, fetcher)
-            listed, refused = _listed(cache)
+            roles = _accepted(layout)
+            listed, refused = _listed(roles[Targets.type])
             _fetch(updater, cache, listed, running)
         refused += _verify(cache, listed, trust, running)
         held = build.held(layout.index)
         wanted = {cache.verified[name]: name for name in listed if name in cache.verified}
         added = [name for id, name in wanted.items() if id not in held]
-        expires = cache.expires()
+        # What nobody renews counts no longer: the first role to run out ends the index.
+        expires = int(min(role.expires for role in roles.values()).timestamp())
         try:
             summary = build.update(layout.index, cache.certificates(added), held - wanted.keys(), expires, report)
         except StoreError as error:
@@ -144,13 +147,20 @@ def _refreshed(layout: Layout, url: str, fetcher: FetcherInterface) -> Updater:
     return updater
 
 
-def _listed(cache: _Cache) -> tuple[dict[str, TargetFile], list[Refusal]]:
+def _accepted(layout: Layout) -> dict[str, Any]:
+    """What the refresh accepted and kept, by role."""
+    kept = layout.store / "metadata"
+    return {role: Metadata.from_file(str(kept / f"{role}.json")).signed for role in ROLES}
+
+
+def _listed(targets: Targets) -> tuple[dict[str, TargetFile], list[Refusal]]:
     """The certificates the store lists, by SHA-256 in hex, and what it lists that cannot be one."""
     listed: dict[str, TargetFile] = {}
     refused = []
-    for path, target in cache.role("targets").targets.items():
+    for path, target in targets.targets.items():
         name = _TARGET.fullmatch(path)
-        if name is None or target.hashes.get("sha256") != name[1]:
+        # Other hashes beside it would take part in the name by which it is fetched.
+        if name is None or target.hashes != {"sha256": name[1]}:
             error = StoreError("store.target", "it is not named by its SHA-256 below certificates/")
             refused.append(Refusal(path, error))
         elif target.length > CERTIFICATE_BYTES:
@@ -165,7 +175,8 @@ def _listed(cache: _Cache) -> tuple[dict[str, TargetFile], list[Refusal]]:
 
 
 def _fetch(updater: Updater, cache: _Cache, listed: Mapping[str, TargetFile], running: Running) -> None:
-    absent = [name for name in listed if not cache.path(name).exists()]
+    kept = cache.names()
+    absent = [name for name in listed if name not in kept]
     with running(absent, "fetching") as each:
         for name in each:
             updater.download_target(listed[name], str(cache.new))
@@ -190,7 +201,11 @@ def _told(url: str) -> Iterator[None]:
 
 _WAIT = "the index stays as it was; tell the store's publisher if it lasts"
 _UNUSABLE: tuple[tuple[type[Exception], str, str], ...] = (
-    (exceptions.ExpiredMetadataError, "store.expired", "has expired, or somebody withholds what is new"),
+    (
+        exceptions.ExpiredMetadataError,
+        "store.expired",
+        "has expired, or somebody withholds what is new, or the clock is wrong",
+    ),
     (exceptions.BadVersionNumberError, "store.rollback", "is older than what this host has seen"),
     (exceptions.UnsignedMetadataError, "store.signature", "is not signed as its root demands"),
     (exceptions.LengthOrHashMismatchError, "store.mismatch", "does not match its own metadata"),
@@ -212,8 +227,12 @@ class _Cache:
         """Certificates that are good under the present trust file: SHA-256 of the file to the certificate's id."""
         (directory / "certificates").mkdir(exist_ok=True)
         # What a killed sync was writing.
-        for left in (*directory.glob("metadata/tmp*"), *directory.glob(".verified.json.*")):
-            left.unlink()
+        for left in (self.new, *directory.glob("metadata/tmp*"), *directory.glob(".verified.json.*")):
+            left.unlink(missing_ok=True)
+
+    def names(self) -> set[str]:
+        """What is kept, by SHA-256."""
+        return {file.stem for file in (self._directory / "certificates").iterdir()}
 
     def path(self, name: str) -> Path:
         """Where the file with this SHA-256 is kept."""
@@ -224,15 +243,6 @@ class _Cache:
         with self.new.open("rb") as file:
             os.fsync(file.fileno())
         self.new.replace(self.path(name))
-
-    def role(self, name: str) -> Any:
-        """The metadata of a role that the last refresh accepted."""
-        return Metadata.from_file(str(self._directory / "metadata" / f"{name}.json")).signed
-
-    def expires(self) -> int:
-        """When the first of the four roles runs out, seconds since the epoch: what nobody renews counts no longer."""
-        roles = ("root", "targets", "snapshot", "timestamp")
-        return int(min(self.role(name).expires for name in roles).timestamp())
 
     def read(self, name: str) -> bytes:
         """The file, as its name says it is; what the disk has spoilt is forgotten."""
@@ -254,9 +264,8 @@ class _Cache:
 
     def sweep(self, listed: Mapping[str, TargetFile]) -> None:
         """Throw away what the store no longer lists."""
-        for file in (self._directory / "certificates").iterdir():
-            if file.stem not in listed:
-                file.unlink()
+        for name in self.names() - listed.keys():
+            self.path(name).unlink()
 
     def _read_record(self) -> dict[str, str]:
         """Nothing if it is missing, damaged or of another trust file: then everything is verified again."""

@@ -408,6 +408,16 @@ def test_target_paths_cannot_leave_their_place(keeper: Keeper, host: Follower, p
     assert after - before == {host.layout.store, host.layout.index}
 
 
+@pytest.mark.parametrize("hashes", [{}, {"sha512": "0" * 128}, {"../../x": "../../x"}])
+def test_targets_have_the_one_hash_that_names_them(keeper: Keeper, host: Follower, hashes: dict[str, str]) -> None:
+    name = hashlib.sha256(b"evil").hexdigest()
+    evil = TargetFile(4, {**hashes, "sha256": name}, f"certificates/{name}.json")
+    if not hashes:
+        evil = TargetFile(4, {"sha256": "0" * 64}, f"certificates/{name}.json")
+    relist(keeper, lambda targets: targets.update({evil.path: evil}))
+    assert [refusal.error.id for refusal in host.sync().refused] == ["store.target"]
+
+
 def relist(keeper: Keeper, change: Callable[[dict[str, TargetFile]], None]) -> None:
     """Publish targets that the publisher would not make; all keys are the attacker's."""
     loose = {"length": None, "hashes": None}
