@@ -95,3 +95,18 @@ def test_no_other_command_reaches_a_pcr(host: LayerHost, new_base: Callable[[str
             succeeded |= {code for shot in shots(code) if wire.succeeded(tpm.send(shot))}
             assert pcrs(tpm) == before, f"command {code:#x} changes a PCR"
     assert succeeded >= SUCCEED
+
+
+def test_a_command_behind_a_locality_header_is_judged_like_any_other(
+    host: LayerHost, new_base: Callable[[str], Path]
+) -> None:
+    """swtpm takes the framing of Microsoft's simulator on its data channel too: 8, locality, size, command."""
+    host.opt_in()
+    unknown = wire.build_pcr_extend(4, (Digest(SHA256, bytes(32)),))
+    with host.tpm(new_base("tpm")) as tpm:
+        tpm.up()
+        assert tpm.data is not None
+        tpm.data.sendall(struct.pack(">IBI", 8, 4, len(unknown)) + unknown)
+        framed = tpm.data.recv(4096)
+        assert wire.succeeded(framed[4:-4])
+    assert [record["content"].get("state") for record in host.records()[-1:]] == ["broken"]
