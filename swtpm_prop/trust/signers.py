@@ -65,23 +65,28 @@ def _private(path: Path, ask: Ask) -> keys.PrivateKey:
 def _behind(uri: str, known: Mapping[str, Key], ask: Ask) -> Signer:
     """Which of the store's keys it is shows in a signature: one only, for a token counts wrong PINs."""
     ask_once = cache(lambda secret: ask(f"{secret} of {uri}"))
+    try:
+        signature = _any_signer(uri, known, ask_once).sign(_PROBE)
+        for key in known.values():
+            with suppress(UnverifiedSignatureError, VerificationError):
+                key.verify_signature(Signature(key.keyid, signature.signature), _PROBE)
+                return Signer.from_priv_key_uri(uri, key, ask_once)
+    except Exception as error:
+        # Signers let through whatever the libraries behind them raise, with or without words.
+        why = f"{type(error).__name__} {error}".strip()
+        raise StoreError("store.signer", f"'{uri}' does not sign: {why}", "see its token, label and PIN") from error
+    raise _foreign(uri)
+
+
+def _any_signer(uri: str, known: Mapping[str, Key], ask: Ask) -> Signer:
+    """One for any of the keys that is of the kind this signer has."""
+    failure = ValueError("the store has no keys")
     for key in known.values():
         try:
-            signer = Signer.from_priv_key_uri(uri, key, ask_once)
-        except (ValueError, TypeError):
-            continue  # not a key of the kind that this signer has
-        try:
-            signature = signer.sign(_PROBE)
-        except Exception as error:
-            # Signers let through whatever the libraries behind them raise.
-            raise StoreError(
-                "store.signer", f"'{uri}' does not sign: {error}", "see its token, label and PIN"
-            ) from error
-        for other in known.values():
-            with suppress(UnverifiedSignatureError, VerificationError):
-                other.verify_signature(Signature(other.keyid, signature.signature), _PROBE)
-                return Signer.from_priv_key_uri(uri, other, ask_once)
-    raise _foreign(uri)
+            return Signer.from_priv_key_uri(uri, key, ask)
+        except ValueError as error:
+            failure = error
+    raise failure
 
 
 def _foreign(name: str) -> StoreError:

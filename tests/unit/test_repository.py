@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from certifier import ED25519, P256, digests_of, issue, private_pem, public_pem, trust_text
 from click.testing import CliRunner, Result
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from securesystemslib.signer import SIGNER_FOR_URI_SCHEME, CryptoSigner, Key, SecretsHandler, Signature, Signer
 from storekeeper import Follower, Keeper, certificate, interrupt, kill, no_space, quiet
 
 from swtpm_prop.cli.store import command
@@ -146,60 +144,51 @@ def test_a_key_with_a_passphrase(keeper: Keeper) -> None:
     )
 
 
-class Token(Signer):
-    """A signer as securesystemslib has them for hardware: it signs whatever public key one expects of it."""
-
-    pins: ClassVar[list[str]] = []
-
-    def __init__(self, public_key: Key, ask: SecretsHandler) -> None:
-        self._public, self._ask = public_key, ask
-
-    @classmethod
-    def from_priv_key_uri(cls, uri: str, public_key: Key, ask: SecretsHandler | None = None) -> Token:
-        if public_key.keytype != "ecdsa":
-            raise ValueError("another kind of key")
-        assert ask
-        return cls(public_key, ask)
-
-    @property
-    def public_key(self) -> Key:
-        return self._public
-
-    def sign(self, payload: bytes) -> Signature:
-        self.pins.append(self._ask("pin"))
-        if self.pins[-1] != "1234":
-            raise RuntimeError("CKR_PIN_INCORRECT")
-        signature = CryptoSigner(load_pem_private_key(private_pem(P256), None)).sign(payload)
-        return Signature(self._public.keyid, signature.signature)
-
-
 @pytest.fixture
-def token() -> Iterator[type[Token]]:
-    SIGNER_FOR_URI_SCHEME["token"] = Token
-    Token.pins.clear()
-    yield Token
-    del SIGNER_FOR_URI_SCHEME["token"]
+def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The public half of a P-256 key in a token (PKCS #11) with label "store" and PIN 1234."""
+    module = "/usr/lib/softhsm/libsofthsm2.so"
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "softhsm.conf").write_text(f"directories.tokendir = {tmp_path}/tokens\n")
+    monkeypatch.setenv("SOFTHSM2_CONF", str(tmp_path / "softhsm.conf"))
+    monkeypatch.setenv("PYKCS11LIB", module)
+    tool = f"pkcs11-tool --module {module} --token-label store --login --pin 1234 --id 02"
+    for command in (
+        "softhsm2-util --init-token --free --label store --so-pin 12345678 --pin 1234",
+        f"{tool} --keypairgen --key-type EC:prime256v1",
+        f"{tool} --read-object --type pubkey --output-file {tmp_path}/token.der",
+        f"openssl pkey -pubin -inform DER -in {tmp_path}/token.der -out {tmp_path}/token.pem",
+    ):
+        subprocess.run(command.split(), check=True, capture_output=True)
+    return tmp_path / "token.pem"
 
 
-def test_a_key_in_hardware(tmp_path: Path, token: type[Token]) -> None:
+def test_a_key_in_hardware(tmp_path: Path, token: Path) -> None:
     keeper = Keeper(tmp_path)
-    (tmp_path / "keys/token.key").write_bytes(private_pem(P256))
-    (tmp_path / "keys/token.pem").write_text(public_pem(P256))
-    online = [(role, keeper.public_key("online")) for role in ("targets", "snapshot", "timestamp")]
-    keeper.publisher.init(Change(add=[("root", keeper.public_key("token")), *online]), datetime.now(UTC))
+    others = [(role, keeper.public_key("online")) for role in ("targets", "snapshot", "timestamp")]
+    keeper.publisher.init(Change(add=[("root", load_public(token)), *others]), datetime.now(UTC))
     asked = []
 
-    def ask(name: str) -> str:
-        asked.append(name)
-        return "1234" if len(asked) > 1 else "wrong"
+    def publish(uri: str, pin: str) -> Any:
+        def ask(name: str) -> str:
+            asked.append(name)
+            return pin
 
-    def publish() -> Any:
-        return keeper.publisher.publish(["token:1", keeper.key("online")], ask, datetime.now(UTC))
+        return keeper.publisher.publish([uri, keeper.key("online")], ask, datetime.now(UTC))
 
-    assert error_of(publish) == "store.signer"
-    assert token.pins == ["wrong"]
-    assert "1.root.json" in publish().written
-    assert asked == ["pin of token:1"] * 2
+    assert error_of(lambda: publish("hsm:2?label=store", "9999")) == "store.signer"
+    assert error_of(lambda: publish("hsm:3?label=store", "1234")) == "store.signer"
+    assert error_of(lambda: publish("hsm:2?label=other", "1234")) == "store.signer"
+    assert "1.root.json" in publish("hsm:2?label=store", "1234").written
+    assert [name.partition("?")[0] for name in asked] == [
+        "pin of hsm:2",
+        "pin of hsm:3",
+        "pin of hsm:2",
+        "pin of hsm:2",
+    ]
+    host = Follower(tmp_path / "host", keeper)
+    host.pin()
+    host.sync()
 
 
 # -- certificates -------------------------------------------------------------------------------
