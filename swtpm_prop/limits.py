@@ -42,7 +42,7 @@ SUBJECTS = 200_000
 """Most subjects of one certificate."""
 
 ANNOTATIONS = 8
-"""Most annotations of one subject; ours are two."""
+"""Most annotations of one subject; ours are three."""
 
 ANNOTATION_CHARS = 256
 """Longest name or value of an annotation; the longest Debian package name has 66 characters, its version 60."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import click
 import libvirt
 
-from swtpm_prop.cli import output, property_log
+from swtpm_prop.cli import explain, output, property_log
 from swtpm_prop.domain import log
+from swtpm_prop.domain.causes import causes
 from swtpm_prop.domain.identity import identify
 from swtpm_prop.domain.metadata import NAMESPACE, PREFIX, Vtpm, fit, parse_domain, to_xml
 from swtpm_prop.domain.pcrs import DEFAULT, format_pcrs, parse_pcrs
@@ -165,18 +167,26 @@ def _bank_for_programs(bank: Bank) -> dict[str, Any]:
 
 @command.command()
 @of_guest
+@explain.options
 @click.pass_context
-def status(ctx: click.Context, name: str, uri: str, as_json: bool) -> None:
-    """Show the state of each translated PCR of the guest NAME; exit status 1 if one is broken."""
+def status(
+    ctx: click.Context, name: str, uri: str, as_json: bool, event_log: tuple[Path, ...], ima_log: tuple[Path, ...]
+) -> None:
+    """Show the state of each translated PCR of the guest NAME, and what broke it; exit status 1 if one is broken."""
     guest = _here(name, uri)
-    standing = log.fold(log.read(_layout(ctx).guest_log(guest.uuid)))
+    known = explain.known(event_log, ima_log)
+    records = list(log.read(_layout(ctx).guest_log(guest.uuid)))
+    standing = log.fold(records)
+    found = causes(records, known)
     running = bool(guest.domain.isActive())
     if as_json:
-        output.print_json({"name": name, "uuid": guest.uuid, "running": running, **standing._asdict()})
+        about = {"name": name, "uuid": guest.uuid, "running": running}
+        output.print_json({**about, **standing._asdict(), "causes": [cause._asdict() for cause in found]})
     else:
         if not running:
             click.echo("not running; this is how its last run ended", err=True)
         property_log.print_standing(standing)
+        property_log.print_causes(found)
     if standing.broken():
         ctx.exit(1)
 
@@ -184,12 +194,22 @@ def status(ctx: click.Context, name: str, uri: str, as_json: bool) -> None:
 @command.command("log")
 @of_guest
 @click.option("--follow", is_flag=True, help="Wait for more, across restarts of the guest, until interrupted.")
+@explain.options
 @click.pass_context
-def log_(ctx: click.Context, name: str, uri: str, as_json: bool, follow: bool) -> None:
+def log_(
+    ctx: click.Context,
+    name: str,
+    uri: str,
+    as_json: bool,
+    follow: bool,
+    event_log: tuple[Path, ...],
+    ima_log: tuple[Path, ...],
+) -> None:
     """Show the property log of the guest NAME: what was measured, and which certificate it rests on or why on none."""
     path = _layout(ctx).guest_log(_here(name, uri).uuid)
+    known = explain.known(event_log, ima_log)
     for record in property_log.follow(path) if follow else log.read(path):
-        property_log.print_record(record, as_json)
+        property_log.print_record(record, as_json, known)
 
 
 def _here(name: str, uri: str) -> Guest:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
 
 from swtpm_prop.cli import output
+from swtpm_prop.domain.causes import Cause, find
 from swtpm_prop.domain.log import Record, Standing, malformed, open_log, parse_line
 from swtpm_prop.errors import printable
 from swtpm_prop.limits import LOG_LINE_BYTES
+from swtpm_prop.trust.measurements import Known
 
 POLL_SECONDS = 0.2
 """How often `follow` looks for more."""
@@ -52,17 +54,30 @@ def print_standing(standing: Standing) -> None:
         click.secho(printable(f"failure: {standing.failure}"), fg="red")
 
 
-def print_record(record: Record, as_json: bool) -> None:
-    """One line: when, which PCR, its state after it, and what that rests on.
+def print_causes(found: Sequence[Cause]) -> None:
+    """For each broken PCR, what broke it."""
+    for cause in found:
+        what = f"{cause.type} {cause.description}" if cause.type else f"{cause.command}, see --event-log and --ima-log"
+        click.secho(printable(f"PCR {cause.pcr} {cause.bank} broken at {cause.time}: {what}"), fg="red")
+        click.echo(printable(f"  not certified, {cause.reason}: {cause.detail or cause.command}"))
+        for name, digest in cause.digests.items():
+            click.echo(f"  {name}:{digest}")
+
+
+def print_record(record: Record, as_json: bool, known: Known) -> None:
+    """One line: when, which PCR, its state after it, what that rests on, and what it was if the guest's logs say it.
 
     Raises:
         DomainError: ``domain.log-malformed``.
     """
-    if as_json:
-        click.echo(json.dumps(record))
-        return
     try:
-        click.echo("  ".join(_columns(record)).rstrip())
+        found = find(record, known) if record["content"]["event"] == "measurement" else None
+        if as_json:
+            described = {"described": {"type": found.type, "description": found.description}} if found else {}
+            click.echo(json.dumps({**record, **described}))
+            return
+        words = [f"{found.type} {found.description}"] if found else []
+        click.echo("  ".join([*_columns(record), *words]).rstrip())
     except (KeyError, TypeError, AttributeError) as error:
         raise malformed(f"record {record.get('recnum')!r}") from error
 

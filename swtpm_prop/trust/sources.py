@@ -1,14 +1,14 @@
-"""Where a certificate's subjects come from: files, PE images, unified kernel images, event logs of a reference boot.
+"""Where a certificate's subjects come from: files, PE images, unified kernel images, logs of a reference boot.
 
 Every source is an iterator, so that a caller can show progress; nothing is ever typed by hand. All digests are
-computed here, but for those of an event log, which are what the reference guest's firmware measured.
+computed here, but for those of a log, which are what the reference guest's firmware and kernel measured.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from swtpm_prop import limits
 from swtpm_prop.errors import TrustError, WireError, printable
-from swtpm_prop.tpm import authenticode, eventlog, pe
-from swtpm_prop.tpm.algorithms import STRONG, Digest
-from swtpm_prop.tpm.eventlog_text import describe, type_name
+from swtpm_prop.tpm import authenticode, pe
+from swtpm_prop.tpm.algorithms import STRONG
+from swtpm_prop.trust.measurements import Measurement, of_event_log, of_ima_list
 
 _CHUNK = 1024 * 1024
 
@@ -31,14 +31,12 @@ UKI_SECTIONS = {
 systemd-stub 252 measures the first line of them, later versions the others too.
 """
 
-_PADDING = bytes(12)
-"""A digest that ends so is a shorter one filled up with zeros (a SHA-1 in a SHA-256 bank), not a hash of anything."""
-
 
 NO_ANNOTATIONS: Mapping[str, str] = MappingProxyType({})
 
 COMPONENT = "component"
 VERSION = "version"
+PACKAGE = "package"
 
 
 class Subject(NamedTuple):
@@ -47,8 +45,8 @@ class Subject(NamedTuple):
     Attributes:
         name: for people; decides nothing.
         digests: by algorithm name, SHA-256, SHA-384 and SHA-512 only.
-        annotations: what the issuer adds: COMPONENT and VERSION name the package it is from, so that all versions
-            below one can be revoked together.
+        annotations: what the issuer adds: COMPONENT and VERSION name the source package it is from, so that all
+            versions below one can be revoked together; PACKAGE the binary package.
     """
 
     name: str
@@ -102,7 +100,6 @@ def from_uki(path: Path) -> Iterator[Subject]:
         TrustError: ``source.unreadable``, ``source.too-big``, ``source.not-uki``, ``source.command-line``.
         WireError: ``pe.*``.
     """
-    name = printable(str(path))
     image = _read(path)
     with _reading(path):
         sections = pe.sections(image)
@@ -110,14 +107,27 @@ def from_uki(path: Path) -> Iterator[Subject]:
             raise TrustError(
                 "source.not-uki", "no .linux section: not a unified kernel image", "certify it as PE image"
             )
-        yield _authenticode(name, image)
-        yield _authenticode(f"{name} .linux", sections[".linux"])
-        for section, content in sections.items():
-            if section in UKI_SECTIONS and content:
-                yield _hashed(f"{name} section name {section}", section.encode() + b"\0")
-                yield _hashed(f"{name} section {section}", content)
-        if sections.get(".cmdline"):
-            yield _hashed(f"{name} command line", _command_line(bytes(sections[".cmdline"])))
+        yield from of_image(printable(str(path)), image)
+
+
+def of_image(name: str, image: bytes) -> Iterator[Subject]:
+    """What `from_uki` says of a unified kernel image, what `from_pe` says of any other PE image.
+
+    Raises:
+        TrustError: ``source.command-line``.
+        WireError: ``pe.*``.
+    """
+    yield _authenticode(name, image)
+    sections = pe.sections(image)
+    if ".linux" not in sections:
+        return
+    yield _authenticode(f"{name} .linux", sections[".linux"])
+    for section, content in sections.items():
+        if section in UKI_SECTIONS and content:
+            yield _hashed(f"{name} section name {section}", section.encode() + b"\0")
+            yield _hashed(f"{name} section {section}", content)
+    if sections.get(".cmdline"):
+        yield _hashed(f"{name} command line", _command_line(bytes(sections[".cmdline"])))
 
 
 def from_event_log(data: bytes) -> Iterator[Subject]:
@@ -130,23 +140,37 @@ def from_event_log(data: bytes) -> Iterator[Subject]:
         TrustError: ``source.weak-log`` if no measurement of the log has a digest that counts.
         WireError: ``eventlog.*``.
     """
-    names: dict[tuple[Digest, ...], str] = {}
-    pcrs: dict[tuple[Digest, ...], set[int]] = {}
-    events = [event for event in eventlog.parse(data).events if event.type != eventlog.EV_NO_ACTION]
-    for event in events:
-        genuine = tuple(digest for digest in event.digests if _genuine(digest))
-        if genuine:
-            names.setdefault(genuine, f"{type_name(event)} {describe(event)}")
-            pcrs.setdefault(genuine, set()).add(event.pcr)
-    if events and not names:
-        raise TrustError(
-            "source.weak-log",
-            "the event log has no digest of SHA-256 or stronger",
-            "boot the reference guest with the sha256 bank active",
-        )
-    for genuine, name in names.items():
-        where = ", ".join(map(str, sorted(pcrs[genuine])))
-        yield Subject(f"{name} (PCR {where})", {digest.algorithm.name: digest.value for digest in genuine})
+    return _distinct(of_event_log(data), "the event log", "boot the reference guest with the sha256 bank active")
+
+
+def from_ima_list(data: bytes) -> Iterator[Subject]:
+    """Every distinct measurement of an IMA list, by its SHA-256, in the order of the list; violations are left out.
+
+    The boot aggregate is among them; it stands for PCR 0 to 9 of that very boot.
+
+    Raises:
+        TrustError: ``source.weak-log`` if all of the list are violations.
+        WireError: ``imalog.*``.
+    """
+    return _distinct(of_ima_list(data), "the IMA list", "boot the reference guest anew")
+
+
+def _distinct(measurements: Iterable[Measurement], log: str, mend: str) -> Iterator[Subject]:
+    """One subject for each set of digests, named as its first measurement, with all PCRs it went to."""
+    first: dict[tuple[bytes, ...], Measurement] = {}
+    pcrs: dict[tuple[bytes, ...], set[int]] = {}
+    seen = False
+    for measurement in measurements:
+        seen = True
+        if measurement.digests:
+            digests = tuple(measurement.digests.values())
+            first.setdefault(digests, measurement)
+            pcrs.setdefault(digests, set()).add(measurement.pcr)
+    if seen and not first:
+        raise TrustError("source.weak-log", f"{log} has no digest of SHA-256 or stronger that counts", mend)
+    for key, measurement in first.items():
+        where = ", ".join(map(str, sorted(pcrs[key])))
+        yield Subject(f"{measurement.type} {measurement.description} (PCR {where})", measurement.digests)
 
 
 def _hashed(name: str, data: bytes | memoryview) -> Subject:
@@ -167,10 +191,6 @@ def _command_line(section: bytes) -> bytes:
     except UnicodeDecodeError:
         raise TrustError("source.command-line", "the .cmdline section is not UTF-8") from None
     return (re.sub(r"[\x01-\x1f]", " ", text).rstrip(" ") + "\0").encode("utf-16-le")
-
-
-def _genuine(digest: Digest) -> bool:
-    return digest.algorithm in STRONG and not digest.value.endswith(_PADDING) and set(digest.value) != {0xFF}
 
 
 def _read(path: Path) -> bytes:

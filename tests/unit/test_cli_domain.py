@@ -13,13 +13,18 @@ from click.testing import CliRunner, Result
 
 from swtpm_prop.cli.domain import command
 from swtpm_prop.domain.metadata import parse_domain
-from swtpm_prop.errors import DomainError
+from swtpm_prop.errors import DomainError, WireError
 from swtpm_prop.layout import Layout
-from swtpm_prop.tpm.algorithms import SHA384
+from swtpm_prop.tpm import eventlog, imalog
+from swtpm_prop.tpm.algorithms import SHA256, SHA384, Digest
+from swtpm_prop.tpm.eventlog_text import describe, type_name
 from swtpm_prop.translate import record
 from swtpm_prop.translate.policy import Bank, held_value
 from swtpm_prop.translate.verdict import Verdict
 
+DATA = Path(__file__).parent.parent / "data"
+EVENT_LOG = DATA / "ovmf-uki.eventlog"
+IMA_LOG = DATA / "ima-ng.imalog"
 URI = "test:///default"
 UUID = "aaaaaaaa-0000-4000-8000-000000000001"
 BOOT = "https://example.org/properties/boot"
@@ -155,6 +160,51 @@ def test_status_is_a_table_and_its_exit_status_the_verdict(layout: Layout) -> No
     bad = call("status", "g", "--json", layout=layout)
     assert bad.exit_code == 1
     assert json.loads(bad.stdout)["states"] == {"sha384": {"0": "held", "4": "broken"}}
+
+
+def broken_by_firmware(layout: Layout) -> eventlog.Event:
+    """PCR 4 is broken by an event of a real log, then by another."""
+    events = [event for event in eventlog.parse(EVENT_LOG.read_bytes()).events if event.pcr == 4]
+    verdict = Verdict(False, (), "unknown", "no certificate has these digests")
+    for event in events[-2:]:
+        append(layout, record.measurement("PCR_Extend", 4, event.digests, "sha384", "broken", verdict))
+    return events[-2]
+
+
+def test_status_says_what_broke_a_pcr(layout: Layout) -> None:
+    event = broken_by_firmware(layout)
+    (cause,) = json.loads(call("status", "g", "--json", layout=layout).stdout)["causes"]
+    assert (cause["bank"], cause["pcr"], cause["reason"], cause["type"]) == ("sha384", 4, "unknown", "")
+    assert cause["digests"] == {digest.algorithm.name: digest.value.hex() for digest in event.digests}
+    explained = ("--event-log", str(EVENT_LOG), "--ima-log", str(IMA_LOG))
+    (cause,) = json.loads(call("status", "g", "--json", *explained, layout=layout).stdout)["causes"]
+    assert (cause["type"], cause["description"]) == (type_name(event), describe(event))
+    shown = call("status", "g", *explained, layout=layout)
+    assert shown.exit_code == 1
+    assert f"broken at {TIME}: {type_name(event)} {describe(event)}" in shown.stdout
+    assert {d.algorithm.name: d.value.hex() for d in event.digests}["sha256"] in shown.stdout
+
+
+def test_log_says_what_was_measured(layout: Layout) -> None:
+    event = broken_by_firmware(layout)
+    *_, first, _ = call("log", "g", "--event-log", str(EVENT_LOG), layout=layout).stdout.splitlines()
+    assert first.endswith(f"{type_name(event)} {describe(event)}")
+    *_, first, _ = call("log", "g", "--json", "--event-log", str(EVENT_LOG), layout=layout).stdout.splitlines()
+    assert json.loads(first)["described"]["description"] == describe(event)
+    error = call("log", "g", "--event-log", str(IMA_LOG), layout=layout).exception
+    assert isinstance(error, WireError)
+
+
+def test_what_broke_a_pcr_is_forgotten_with_a_reset_and_found_again_in_ima_lists(layout: Layout) -> None:
+    broken_by_firmware(layout)
+    append(layout, record.snapshot(record.STARTUP, {"sha384": {4: "unmeasured", 10: "unmeasured"}}))
+    assert json.loads(call("status", "g", "--json", layout=layout).stdout)["causes"] == []
+    entry = imalog.parse(IMA_LOG.read_bytes())[2]
+    digests = (Digest(SHA256, imalog.measured(entry, SHA256)), Digest(SHA384, bytes(range(20)) + bytes(28)))
+    append(layout, record.measurement("PCR_Extend", 10, digests, "sha384", "broken", Verdict(False, (), "unknown")))
+    append(layout, record.snapshot(record.RESUME, {"sha384": {4: "unmeasured", 10: "broken"}}))
+    shown = call("status", "g", "--ima-log", str(IMA_LOG), layout=layout)
+    assert f"PCR 10 sha384 broken at {TIME}: ima-ng /bin/busybox" in shown.stdout
 
 
 def test_status_after_the_layer_gave_up(layout: Layout) -> None:
