@@ -153,13 +153,13 @@ def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SOFTHSM2_CONF", str(tmp_path / "softhsm.conf"))
     monkeypatch.setenv("PYKCS11LIB", module)
     tool = f"pkcs11-tool --module {module} --token-label store --login --pin 1234 --id 02"
-    for command in (
+    for line in (
         "softhsm2-util --init-token --free --label store --so-pin 12345678 --pin 1234",
         f"{tool} --keypairgen --key-type EC:prime256v1",
         f"{tool} --read-object --type pubkey --output-file {tmp_path}/token.der",
         f"openssl pkey -pubin -inform DER -in {tmp_path}/token.der -out {tmp_path}/token.pem",
     ):
-        subprocess.run(command.split(), check=True, capture_output=True)
+        subprocess.run(line.split(), check=True, capture_output=True)
     return tmp_path / "token.pem"
 
 
@@ -180,12 +180,7 @@ def test_a_key_in_hardware(tmp_path: Path, token: Path) -> None:
     assert error_of(lambda: publish("hsm:3?label=store", "1234")) == "store.signer"
     assert error_of(lambda: publish("hsm:2?label=other", "1234")) == "store.signer"
     assert "1.root.json" in publish("hsm:2?label=store", "1234").written
-    assert [name.partition("?")[0] for name in asked] == [
-        "pin of hsm:2",
-        "pin of hsm:3",
-        "pin of hsm:2",
-        "pin of hsm:2",
-    ]
+    assert [name.removeprefix("pin of hsm:")[:1] for name in asked] == ["2", "3", "2", "2"]
     host = Follower(tmp_path / "host", keeper)
     host.pin()
     host.sync()
