@@ -20,6 +20,7 @@ from swtpm_prop.trust.certificate import Certificate, Claim, parse_time
 from swtpm_prop.trust.files import read_file, write_file
 from swtpm_prop.trust.index import Index
 from swtpm_prop.trust.sources import COMPONENT, PACKAGE, VERSION, Subject
+from swtpm_prop.trust.version import sort_key
 
 Task = Callable[[], Iterable[Subject]]
 """One step of the progress bar."""
@@ -147,9 +148,10 @@ def _subjects(tasks: Sequence[Task]) -> list[Subject]:
 def _annotated(subjects: list[Subject], component: str | None) -> list[Subject]:
     if component is None:
         return subjects
-    name, equals, version = component.partition("=")
-    if not (name and equals and version):
+    name, _, version = component.partition("=")
+    if not (name and version):
         raise UsageError("usage.component", f"'{component}' is not NAME=VERSION")
+    sort_key(version)  # or the store could not tell which versions are below it
     named = {COMPONENT: name, VERSION: version}
     return [subject if subject.annotations else subject._replace(annotations=named) for subject in subjects]
 

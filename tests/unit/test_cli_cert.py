@@ -96,6 +96,7 @@ def test_trees_and_components(here: Path) -> None:
     assert issue_for("--tree", "tree", "--per-package", "release", to=None).exit_code == 0
     assert names(here / "release") == ["unpackaged.json"]
     assert error(issue_for("--tree", "tree", "--component", "image")).id == "usage.component"
+    assert error(issue_for("--tree", "tree", "--component", "image=six_one")).id == "trust.version"
     assert error(issue_for("--tree", "tree", to=None)).id == "usage.output"
     assert error(issue_for("--tree", "tree", "--per-package", "release")).id == "usage.output"
 
