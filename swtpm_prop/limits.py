@@ -98,7 +98,7 @@ ROOT_BYTES = 512 * 1024
 """Largest root of a store; one with twenty keys has 8 kB."""
 
 TIMESTAMP_BYTES = 16384
-"""Largest timestamp of a store; one with a signature has 500 bytes. It is the first a host fetches, of unknown length."""
+"""Largest timestamp of a store; one with a signature has 500 bytes. A host fetches it without knowing its length."""
 
 STORE_BYTES = 16 * 1024**3
 """Most certificates a host keeps of a store, in bytes; ten million digests have 4 GB."""
@@ -113,9 +113,12 @@ ROOT_ROTATIONS = 256
 """Most roots a host follows in one sync; one a day for most of a year."""
 
 STORE_DAYS = {"root": 365, "targets": 120, "snapshot": 14, "timestamp": 3}
-"""How long what each role of a store signs is good. A host that is cut off, or fed old data, certifies nothing after the
-timestamp's three days; that also survives a weekend without a publisher. Offline keys are fetched from their safe three
-times a year (targets) and once (root)."""
+"""How long what each role of a store signs is good. A host that is cut off, or fed old data, certifies nothing after
+the timestamp's three days; a weekend without a publisher does no harm. Offline keys come out of their safe three times a
+year (targets) and once (root)."""
+
+OFFLINE_NOTICE = 30 * 86400
+"""How long before root or targets end, in seconds, a publisher is told: offline keys are with people who travel."""
 
 METADATA_KEPT = 4
 """Generations of metadata a store keeps for hosts that are in the middle of a sync."""

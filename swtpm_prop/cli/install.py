@@ -33,7 +33,7 @@ def command(root: Path, as_json: bool) -> None:
     done = steps.install(layout, survey(layout))
     remaining = restart(root) if done else []
     if not layout.index.exists():
-        remaining.append("swtpm-prop store build: without an index no guest with property banks starts")
+        remaining.append("swtpm-prop store sync or store build: without an index no guest with property banks starts")
     report(done, remaining, as_json=as_json)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
@@ -14,8 +15,9 @@ from tuf.api.metadata import Metadata, Root
 
 from swtpm_prop.cli import output
 from swtpm_prop.errors import TrustError, UsageError, printable
-from swtpm_prop.limits import CERTIFICATE_BYTES
+from swtpm_prop.limits import CERTIFICATE_BYTES, OFFLINE_NOTICE
 from swtpm_prop.trust import certificate, signers
+from swtpm_prop.trust.certificate import format_time
 from swtpm_prop.trust.files import read_file
 from swtpm_prop.trust.publisher import Publisher
 from swtpm_prop.trust.repository import ROLES, Change, Missing, days
@@ -127,7 +129,8 @@ def publish(directory: Path, names: tuple[str, ...], as_json: bool) -> None:
     """
     done = Publisher(directory).publish(names, cache(_ask), _now())
     if as_json:
-        output.print_json({**done._asdict(), "missing": [one._asdict() for one in done.missing]})
+        ends = {role: format_time(end) for role, end in done.expires.items()}
+        output.print_json({**done._asdict(), "missing": [one._asdict() for one in done.missing], "expires": ends})
     else:
         if done.written:
             click.secho(
@@ -137,6 +140,7 @@ def publish(directory: Path, names: tuple[str, ...], as_json: bool) -> None:
             )
         for one in done.missing:
             click.secho(_describe(one), fg="yellow", err=True)
+        _warn_of_ends(done.expires)
     if done.missing:
         raise click.exceptions.Exit(1)
 
@@ -215,6 +219,14 @@ def _show_root(drafted: Metadata[Root], as_json: bool) -> None:
 
 def _describe(one: Missing) -> str:
     return f"{one.role} waits for {one.needed} of these keys: {' '.join(one.keyids)} [store.unsigned]"
+
+
+def _warn_of_ends(expires: Mapping[str, int]) -> None:
+    """Before offline keys are needed: their holders must be found."""
+    for role, mend in (("root", "store root, then store publish with root's keys"), ("targets", "its keys")):
+        if role in expires and expires[role] < time.time() + OFFLINE_NOTICE:
+            what = f"hosts believe {role} until {format_time(expires[role])} only: renew it with {mend}"
+            click.secho(f"{what} [store.expires-soon]", fg="yellow", err=True)
 
 
 def _warn(ids: Sequence[str], what: str) -> None:

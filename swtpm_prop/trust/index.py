@@ -35,7 +35,7 @@ _FAULTS = (sqlite3.Error, UnicodeDecodeError, MemoryError)
 """What sqlite3 raises for a damaged file: also for names in it that are no UTF-8 and for absurd lengths."""
 
 _HEADER_BYTES = 100
-_MEND = "build it again with 'swtpm-prop store build'"
+_MEND = "make it again with 'swtpm-prop store sync' or 'store build'"
 _CACHE_KIB = 512
 """Pages kept in memory, taken as they are touched: the 60 that a boot's 30 measurements need, twice over."""
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -49,13 +49,17 @@ class Revocation(NamedTuple):
 
 
 class Publication(NamedTuple):
-    """What was published: names of new metadata, the certificates in it, and the signatures still waited for."""
+    """What was published: names of new metadata, the certificates in it, and the signatures still waited for.
+
+    ``expires`` says for each role that is published how long hosts believe it, seconds since the epoch.
+    """
 
     written: tuple[str, ...]
     certificates: int
     added: int
     removed: int
     missing: tuple[Missing, ...]
+    expires: Mapping[str, int]
 
 
 class Publisher:
@@ -181,7 +185,7 @@ class Publisher:
             if step.files:
                 self._prune(after, {*before, *listed})
         added, removed = len(listed.keys() - before.keys()), len(before.keys() - listed.keys())
-        return Publication(tuple(step.files), len(listed), added, removed, step.missing)
+        return Publication(tuple(step.files), len(listed), added, removed, step.missing, _ends(after))
 
     # -- files ----------------------------------------------------------------------------------
 
@@ -326,6 +330,10 @@ def _covering(held: dict[Path, Certificate], going: set[Path]) -> set[Path]:
         for file in staying
         if any(digest in digests for subject in held[file].subjects for digest in subject.digests.values())
     }
+
+
+def _ends(state: State) -> dict[str, int]:
+    return {metadata.signed.type: int(metadata.signed.expires.timestamp()) for metadata in state if metadata}
 
 
 def _load(path: Path) -> Metadata[Any]:

@@ -189,7 +189,6 @@ def test_without_root_trust_or_store_nothing_happens(keeper: Keeper, host: Follo
 
 
 def test_rollback_of_everything(keeper: Keeper, host: Follower) -> None:
-    """So it is when the clock goes backwards: the old store would be good at that time, but is older than what was."""
     before = keeper.directory / "before"
     shutil.copytree(keeper.public, before)
     replace(keeper)
@@ -198,6 +197,20 @@ def test_rollback_of_everything(keeper: Keeper, host: Follower) -> None:
     before.rename(keeper.public)
     assert refused(host) == "store.rollback"
     assert host.certified(OLD, NEW) == [NEW]
+
+
+def test_clock_that_goes_backwards(keeper: Keeper, host: Follower) -> None:
+    """Seen from a clock that was a month ahead and is right again: what was seen then is not unseen."""
+    before = keeper.directory / "before"
+    shutil.copytree(keeper.public, before)
+    old = certificates.read(next(keeper.publisher.certificates.iterdir()).read_bytes())
+    keeper.publisher.revoke([old.id], None, quiet)
+    keeper.publish(days=30)
+    host.sync()
+    keeper.public.rename(keeper.directory / "after")
+    before.rename(keeper.public)
+    assert refused(host) == "store.rollback"
+    assert host.certified(OLD) == []
 
 
 def test_rollback_of_the_snapshot_by_who_has_the_online_key(keeper: Keeper, host: Follower) -> None:

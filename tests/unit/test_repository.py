@@ -186,6 +186,20 @@ def test_a_key_in_hardware(tmp_path: Path, token: Path) -> None:
     host.sync()
 
 
+def test_who_publishes_hears_in_time_that_offline_keys_are_needed(
+    keeper: Keeper, host: Follower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("publish", keeper.publisher.directory, "--key", keeper.key("online"))
+    assert "store.expires-soon" not in run(*words).output
+    keeper.rotate(days={"root": 29})
+    keeper.publish("root", "online")
+    said = run(*words)
+    assert said.exit_code == 0
+    assert said.stderr.count("[store.expires-soon]") == 1
+    monkeypatch.setattr("swtpm_prop.cli.store_publish.OFFLINE_NOTICE", 121 * 86400)
+    assert run(*words).stderr.count("[store.expires-soon]") == 2
+
+
 # -- certificates -------------------------------------------------------------------------------
 
 
