@@ -114,8 +114,8 @@ ROOT_ROTATIONS = 256
 
 STORE_DAYS = {"root": 365, "targets": 120, "snapshot": 14, "timestamp": 3}
 """How long what each role of a store signs is good. A host that is cut off, or fed old data, certifies nothing after
-the timestamp's three days; a weekend without a publisher does no harm. Offline keys come out of their safe three times a
-year (targets) and once (root)."""
+the timestamp's three days; a weekend without a publisher does no harm. Offline keys leave their safe three times a year
+(targets) and once (root)."""
 
 OFFLINE_NOTICE = 30 * 86400
 """How long before root or targets end, in seconds, a publisher is told: offline keys are with people who travel."""
