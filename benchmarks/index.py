@@ -8,7 +8,7 @@
 
 Each measurement runs in a process of its own, whose peak of memory is given. What makes the input is not timed.
 
-Run: python -m benchmarks.index [--large] [--digests N]; --large takes half an hour and 8 GB in /var/tmp.
+Run: python -m benchmarks.index [--large] [--digests N]; --large takes a quarter of an hour and 8 GB in /var/tmp.
 """
 
 from __future__ import annotations
