@@ -38,13 +38,17 @@ def kernels(count: int, series: str = "") -> list[str]:
     return found[::-1]
 
 
-def initramfs(kernel_package: str) -> Path:
-    """The initramfs for a kernel package: the same for every kernel but for its modules."""
+def initramfs(kernel_package: str, programs: tuple[Path, ...] = ()) -> Path:
+    """The initramfs for a kernel package: the same for every kernel but for its modules.
+
+    ``programs`` are further files of this machine, there at their own paths, with the libraries they are linked to.
+    """
     release = kernel(kernel_package).name.removeprefix("vmlinuz-")
     ingredients: list[Path | str] = [INIT, TPM2, TCTI, Path(__file__), Path(cpio.__file__), release]
+    ingredients += [text for program in programs for text in (program, str(program))]
 
     def build(path: Path) -> None:
-        path.write_bytes(gzip.compress(cpio.archive(_entries(kernel_package)), 6, mtime=0))
+        path.write_bytes(gzip.compress(cpio.archive(_linked(programs) | _entries(kernel_package)), 6, mtime=0))
 
     return artefact(f"{release}.initramfs", ingredients, build)
 
@@ -63,6 +67,14 @@ def _entries(kernel_package: str) -> dict[str, cpio.Entry]:
     curl = next(path for path in entries if "/libcurl" in path)
     entries[curl] = cpio.program(_hollow_curl(Path(curl).name))
     return entries
+
+
+def _linked(programs: tuple[Path, ...]) -> dict[str, cpio.Entry]:
+    """The files and everything the dynamic linker loads for them."""
+    found = set(programs)
+    if programs:
+        found |= {Path(path) for path in re.findall(r"(/\S+) \(0x", run(["ldd", *programs]).stdout)}
+    return {str(path).lstrip("/"): cpio.program(path.read_bytes()) for path in found}
 
 
 def _libraries() -> set[Path]:

@@ -18,10 +18,11 @@ SIZE = 64 * 1024 * 1024  # bytes of a disk: a unified kernel image is about 19 M
 ALIGNMENT = 4096  # bytes; the stub's section alignment
 
 
-def unified_kernel(kernel_package: str, cmdline: str = guest.CMDLINE) -> Path:
-    """A unified kernel image (systemd-stub(7)) of a Debian kernel with the laboratory's initramfs."""
+def unified_kernel(kernel_package: str, programs: tuple[Path, ...] = ()) -> Path:
+    """A unified kernel image (systemd-stub(7)) of a Debian kernel with the laboratory's initramfs (see there)."""
     stub = package("systemd-boot-efi") / STUB
-    linux, initrd = kernel(kernel_package), guest.initramfs(kernel_package)
+    linux, initrd = kernel(kernel_package), guest.initramfs(kernel_package, programs)
+    cmdline = guest.CMDLINE
     release = linux.name.removeprefix("vmlinuz-")
     system = f'ID=debian\nPRETTY_NAME="Debian, kernel {release}"\nVERSION_ID="{release}"\n'
 

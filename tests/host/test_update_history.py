@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from conftest import Pair
 from product import PROPERTY, Product
+from updates import Site, updatable
 
-from lab import guest, image
-from lab.domain import Domain
-from lab.machine import Machine
+from lab import guest
 from lab.seal import Seal
 from swtpm_prop.trust.certificate import format_time
 
@@ -23,7 +21,7 @@ UPDATES = 8
 SECRET = b"the key of a disk"
 RAW, PROPERTIES = Seal("sha256", "0x81000001"), Seal("sha384", "0x81000002")
 MEASURED = {0, 1, 2, 3, 4, 5, 6, 7, 9, 11}
-ENOUGH = 3  # seconds to build an index before a certificate in it ends
+HOUR = 3600  # seconds
 
 
 class Boot(NamedTuple):
@@ -49,102 +47,29 @@ class History(NamedTuple):
         return [boot for boot in self.boots if boot.why == why]
 
 
-class Site:
-    """The guest, its disk, and those who certify for it."""
-
-    def __init__(self, product: Product, machine: Machine) -> None:
-        self.product = product
-        self.machine = machine
-        self.certificates: list[Path] = []
-
-    def boot(self, kernel: str) -> None:
-        """Put a kernel where the firmware finds it, and boot it."""
-        assert self.machine.domain.disk is not None
-        image.install_kernel(self.machine.domain.disk, image.unified_kernel(kernel))
-        self.machine.boot()
-
-    def certify(self, kernel: str, *options: str) -> None:
-        """Certify a kernel from its file, and let the host know."""
-        certificate = self.product.certify("--uki", image.unified_kernel(kernel), *options)
-        self.certificates.append(certificate)
-        self.product.build(*self.certificates)
-
-    def withdraw(self) -> None:
-        """Take the last certificate back."""
-        self.certificates.pop()
-        self.product.build(*self.certificates)
-
-    def certify_reference(self, kernel: str) -> None:
-        """One boot of the guest, not opted in yet, that its owner looked at."""
-        self.boot(kernel)
-        log = self.product.content("reference.log", self.machine.event_log())
-        self.machine.destroy()
-        self.certificates.append(self.product.certify("--event-log", log))
-        self.product.build(*self.certificates)
-
-    def seal(self, kernel: str) -> tuple[str, str]:
-        """Seal the secret to both banks on the certified ``kernel``; property value and policy of the guest, in hex."""
-        self.boot(kernel)
-        self.machine.console.put("/run/secret", SECRET)
-        for seal in (RAW, PROPERTIES):
-            for line in seal.lines("/run/secret"):
-                self.machine.console.check(line)
-        assert self.unseals(RAW)
-        assert self.unseals(PROPERTIES)
-        (value,) = {self.machine.pcrs()["sha384"][pcr] for pcr in MEASURED}
-        policy = self.machine.console.get(PROPERTIES.policy).hex()
-        self.machine.destroy()
-        return value, policy
-
-    def try_kernel(self, kernel: str, why: str) -> Boot:
-        """Boot a kernel and try to unseal."""
-        self.boot(kernel)
-        contents = [record["content"] for record in self.product.log(self.machine)]
-        refused = [content["reason"] for content in contents if content.get("certified") is False]
-        boot = Boot(
-            self.machine.console.check("uname -r").strip(),
-            why,
-            self.machine.pcrs()["sha256"][4],
-            self.unseals(RAW),
-            self.product.agreed(self.machine),
-            self.unseals(PROPERTIES),
-            {reason: refused.count(reason) for reason in refused},
-        )
-        self.machine.destroy()
-        return boot
-
-    def unseals(self, seal: Seal) -> bool:
-        """Whether the secret comes out; anything but it or the refusal of its policy is an error."""
-        status, output = self.machine.console.run(seal.unseal)
-        assert (status, output) == (0, SECRET.decode()) or (status and "policy check failed" in output)
-        return not status
-
-
 @pytest.fixture(scope="module")
-def site(pair: Pair, product: Product) -> Iterator[Site]:
-    disk = image.disk(image.unified_kernel(guest.kernels(1)[0]), pair.work / "history.raw")
-    with Machine(pair.one, Domain(name="history", firmware="ovmf", disk=disk)) as machine:
-        yield Site(product, machine)
+def history(pair: Pair, product: Product) -> Iterator[History]:
+    with updatable("history", pair, product) as here:
+        yield walk(here)
 
 
-@pytest.fixture(scope="module")
-def history(site: Site) -> History:
+def walk(site: Site) -> History:
     """Reference boot, opt in, seal, walk through the updates, then through kernels with nothing to show."""
     first, *updates, stranger, expiring = guest.kernels(UPDATES + 3)
     site.certify_reference(first)
     site.product.enable(site.machine)
-    value, policy = site.seal(first)
+    value, policy = seal_both(site, first)
     boots = []
     for kernel in updates:
         site.certify(kernel)
-        boots.append(site.try_kernel(kernel, "certified"))
+        boots.append(try_kernel(site, kernel, "certified"))
     site.withdraw()
-    boots.append(site.try_kernel(updates[-1], "revoked"))
-    boots.append(site.try_kernel(stranger, "unknown"))
-    end = int(time.time()) + ENOUGH
-    site.certify(expiring, "--not-after", format_time(end))
-    time.sleep(max(0, end + 1 - time.time()))
-    boots.append(site.try_kernel(expiring, "expired"))
+    boots.append(try_kernel(site, updates[-1], "revoked"))
+    boots.append(try_kernel(site, stranger, "unknown"))
+    now = int(time.time())
+    site.certify(expiring, "--not-before", format_time(now - HOUR), "--not-after", format_time(now + 1))
+    time.sleep(max(0, now + 2 - time.time()))
+    boots.append(try_kernel(site, expiring, "expired"))
     return History(value, policy, boots)
 
 
@@ -179,6 +104,46 @@ def test_value_and_policy_are_known_before_anything_boots(pair: Pair, history: H
     assert pair.one.cli(*predict).stdout.strip() == history.value
     policy = pair.one.cli(*predict, "--policy", "--pcrs", PROPERTIES.pcrs).stdout.strip()
     assert policy == history.policy
+
+
+def seal_both(site: Site, kernel: str) -> tuple[str, str]:
+    """Seal the secret to both banks on the certified ``kernel``; property value and policy of the guest, in hex."""
+    site.boot(kernel)
+    site.machine.console.put("/run/secret", SECRET)
+    for seal in (RAW, PROPERTIES):
+        for line in seal.lines("/run/secret"):
+            site.machine.console.check(line)
+    assert unseals(site, RAW)
+    assert unseals(site, PROPERTIES)
+    (value,) = {site.machine.pcrs()["sha384"][pcr] for pcr in MEASURED}
+    policy = site.machine.console.get(PROPERTIES.policy).hex()
+    site.machine.destroy()
+    return value, policy
+
+
+def try_kernel(site: Site, kernel: str, why: str) -> Boot:
+    """Boot a kernel and try to unseal."""
+    site.boot(kernel)
+    contents = [record["content"] for record in site.product.log(site.machine)]
+    refused = [content["reason"] for content in contents if content.get("certified") is False]
+    boot = Boot(
+        site.machine.console.check("uname -r").strip(),
+        why,
+        site.machine.pcrs()["sha256"][4],
+        unseals(site, RAW),
+        site.product.agreed(site.machine),
+        unseals(site, PROPERTIES),
+        {reason: refused.count(reason) for reason in refused},
+    )
+    site.machine.destroy()
+    return boot
+
+
+def unseals(site: Site, seal: Seal) -> bool:
+    """Whether the secret comes out; anything but it or the refusal of its policy is an error."""
+    status, output = site.machine.console.run(seal.unseal)
+    assert (status, output) == (0, SECRET.decode()) or (status and "policy check failed" in output)
+    return not status
 
 
 def table(history: History) -> str:
