@@ -75,6 +75,7 @@ def enable(
     """Let the guest NAME record properties, from its next start on."""
     guest = _find(name, uri)
     vtpm = fit(Vtpm((Bank(BY_NAME[bank], parse_pcrs(pcrs), not hidden, properties),)), guest.xml)
+    _refuse_saved(guest)
     _set_metadata(guest, to_xml(vtpm, prefix=""))
     if uri == LOCAL:
         _warn_if_not_installed(_layout(ctx))
@@ -119,7 +120,24 @@ def _set_metadata(guest: Guest, xml: str | None) -> None:
     except libvirt.libvirtError as error:
         raise _libvirt_failed(error) from error
     if guest.domain.isActive():
-        _warn("the guest is running: the change counts from its next start, a reboot inside the guest is none")
+        _warn(
+            "the guest is running: the change counts from its next start; "
+            "neither a reboot inside the guest nor going on from a saved image is one"
+        )
+
+
+def _refuse_saved(guest: Guest) -> None:
+    """A saved image holds the metadata of its time: the guest would go on from it without the layer."""
+    try:
+        saved = guest.domain.hasManagedSaveImage()
+    except libvirt.libvirtError as error:
+        raise _libvirt_failed(error) from error
+    if saved:
+        raise DomainError(
+            "domain.saved",
+            "the guest would go on from its saved image, without properties",
+            "start it and shut it down, or drop the image with virsh managedsave-remove",
+        )
 
 
 def _libvirt_failed(error: libvirt.libvirtError) -> DomainError:

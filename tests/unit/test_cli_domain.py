@@ -44,7 +44,7 @@ def guest() -> Iterator[libvirt.virDomain]:
     yield domain
     if domain.isActive():
         domain.destroy()
-    domain.undefine()
+    domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE)
     connection.close()
 
 
@@ -127,6 +127,16 @@ def test_names_are_names(name: str) -> None:
     assert isinstance(shown.exception, DomainError)
     assert shown.exception.id == "domain.libvirt"
     assert shown.exception.line().isprintable()
+
+
+def test_a_saved_guest_would_go_on_without_its_layer(guest: libvirt.virDomain) -> None:
+    """Its saved image holds the metadata it had, and libvirt goes on from that."""
+    guest.create()
+    guest.managedSave()
+    assert refused("enable", "g", "--property", BOOT) == "domain.saved"
+    assert parse_domain(inactive(guest)) is None
+    guest.managedSaveRemove()
+    assert call("enable", "g", "--property", BOOT).exit_code == 0
 
 
 # -- state and log ----------------------------------------------------------------------------------
