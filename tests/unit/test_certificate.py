@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,9 @@ import certifier
 import pytest
 from certifier import BOOT, ED25519, NOW, P256, issue, signed, statement, subject, trust
 from cryptography.hazmat.primitives.asymmetric import ec
+from google.protobuf import json_format
+from in_toto_attestation.v1.statement import Statement
+from in_toto_attestation.v1.statement_pb2 import Statement as StatementMessage
 from jsonschema import Draft202012Validator
 
 from swtpm_prop.errors import TrustError
@@ -66,6 +70,16 @@ def test_what_is_issued_is_what_the_schema_says() -> None:
     validator = Draft202012Validator(SCHEMA)
     validator.check_schema(SCHEMA)
     validator.validate(statement(issue(subject(b"a"), subject(b"b", "sha512"))))
+
+
+def test_what_is_issued_is_a_statement_to_the_reference_implementation() -> None:
+    """Every field is one that in-toto's own definition knows: json_format refuses any other."""
+    envelope = json.loads(issue(subject(b"a"), subject(b"b", "sha512")._replace(annotations={"component": "linux"})))
+    message = json_format.Parse(base64.b64decode(envelope["payload"]), StatementMessage())
+    Statement.copy_from_pb(message).validate()
+    assert [dict(each.digest).keys() for each in message.subject] == [{"sha256", "sha384", "sha512"}, {"sha512"}]
+    assert message.subject[1].annotations["component"] == "linux"
+    assert message.predicate_type == "https://in-toto.io/attestation/svr/v0.2"
 
 
 def edit(**to: Any) -> Change:

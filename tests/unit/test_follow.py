@@ -507,6 +507,7 @@ def test_an_expired_certificate_is_taken_and_never_counts(keeper: Keeper, host: 
 # -- interruptions ------------------------------------------------------------------------------
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("how", [kill, no_space])
 def test_interrupted_anywhere_the_old_index_serves_and_the_next_sync_succeeds(
     keeper: Keeper, host: Follower, tmp_path: Path, how: Callable[[], None]

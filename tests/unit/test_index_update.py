@@ -50,6 +50,7 @@ def rows(path: Path) -> dict[str, list[Any]]:
     steps=st.lists(st.sets(st.integers(0, 4)), min_size=1, max_size=5),
     supplied=st.lists(DIGESTS, min_size=1, max_size=4),
 )
+@pytest.mark.fault
 def test_any_sequence_of_updates_equals_a_build(
     tmp_path_factory: pytest.TempPathFactory,
     specifications: list[tuple[list[dict[str, bytes]], set[str], tuple[int, int]]],
@@ -183,6 +184,7 @@ def test_a_certificate_that_does_not_verify(path: Path) -> None:
     assert names(path.parent) == [path.name]
 
 
+@pytest.mark.fault
 def test_damage_where_the_change_is(path: Path) -> None:
     """The writer sees it; its mend is to build from all certificates."""
     certificates = [issued(*(subject(b"%d.%d" % (c, n)) for n in range(200))) for c in range(20)]

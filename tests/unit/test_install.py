@@ -331,6 +331,7 @@ def fail() -> None:
     raise OSError(28, "No space left on device")
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("mend", ["repeat", "take out"])
 def test_killed_between_any_two_changes_it_can_be_repeated_and_taken_out(root: Path, mend: str) -> None:
     layout = Layout(root)
@@ -348,6 +349,7 @@ def test_killed_between_any_two_changes_it_can_be_repeated_and_taken_out(root: P
     assert number > 30
 
 
+@pytest.mark.fault
 def test_a_killed_upgrade_can_be_repeated_and_taken_out(root: Path) -> None:
     layout = Layout(root)
     before = snapshot(root)
@@ -362,6 +364,7 @@ def test_a_killed_upgrade_can_be_repeated_and_taken_out(root: Path) -> None:
         assert snapshot(root) == before, number
 
 
+@pytest.mark.fault
 def test_a_killed_uninstall_can_be_repeated(root: Path) -> None:
     layout = Layout(root)
     before = snapshot(root)
@@ -374,6 +377,7 @@ def test_a_killed_uninstall_can_be_repeated(root: Path) -> None:
         assert snapshot(root) == before, number
 
 
+@pytest.mark.fault
 def test_an_error_anywhere_undoes_everything(root: Path) -> None:
     layout = Layout(root)
     before = snapshot(root)

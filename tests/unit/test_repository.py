@@ -346,6 +346,7 @@ def rotated(keeper: Keeper) -> tuple[str, ...]:
     return tuple(f"{name}{end}" for name in ("root", "targets", "online") for end in ("", "-new"))
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("how", [kill, no_space])
 @pytest.mark.parametrize("change", [lambda keeper: ("root", "targets", "online"), rotated])
 def test_hosts_see_a_whole_store_whenever_publishing_ends(
