@@ -232,7 +232,7 @@ class Demo:
             self.stage.promise("it unseals", answer == (0, SECRET))
         else:
             self.stage.promise("it is refused", refused(answer))
-        return click.style("unseals", fg="green") if answer[0] == 0 else click.style("refused", fg="red")
+        return output.paint("unseals", "green") if answer[0] == 0 else output.paint("refused", "red")
 
     def on_host(self, line: str) -> str:
         return self.stage.command("host", line, self._host)

@@ -91,7 +91,7 @@ class Stage:
         for pcr in measured(now):
             value, properties = now["sha256"][pcr], now.get(bank, {}).get(pcr, "")
             moved = before and before["sha256"][pcr] != value
-            raw = click.style(f"{value[:SHOWN]} changed", fg="yellow") if moved else value[:SHOWN]
+            raw = output.paint(f"{value[:SHOWN]} changed", "yellow") if moved else value[:SHOWN]
             words = output.state(word(properties, held)) if properties else "-"
             rows.append((str(pcr), MEASURES[pcr], raw, properties[:SHOWN] or "not active", words))
         output.table(("PCR", "usually measures", "sha256: raw", f"{bank}: property", "in words"), rows)
