@@ -12,7 +12,9 @@ from swtpm_prop.cli import output
 from swtpm_prop.trust.certificate import Certificate, format_time
 from swtpm_prop.trust.sources import COMPONENT, VERSION, Subject
 
-_SHOWN = 20
+_NAME_CHARS = 160
+"""As much of a subject's name stands in a table: one long name would widen every row. JSON has all of it."""
+
 _HEADERS = ("Subject", "Component", "Version", "Algorithms", "Digest")
 
 
@@ -31,19 +33,16 @@ def summary(shown: Certificate) -> dict[str, Any]:
 
 
 def show(shown: Certificate, as_json: bool) -> None:
-    """What a certificate says, with the first of its subjects."""
-    subjects = shown.subjects[:_SHOWN]
+    """What a certificate says, with every subject: who signs or trusts it must see them all."""
     if as_json:
-        output.print_json({**summary(shown), "subjects": [for_programs(subject) for subject in subjects]})
+        output.print_json({**summary(shown), "subjects": [for_programs(subject) for subject in shown.subjects]})
         return
     rows = [("certificate", shown.id), ("issuer", shown.issuer), ("serial", shown.serial)]
     rows += [("property", uri) for uri in shown.properties]
     rows += [("valid", f"{format_time(shown.not_before)} to {format_time(shown.not_after)}")]
     output.table(("Field", "Value"), rows)
     click.echo()
-    print_subjects(subjects)
-    if len(shown.subjects) > len(subjects):
-        click.echo(f"and {len(shown.subjects) - len(subjects)} more subjects")
+    print_subjects(shown.subjects)
 
 
 def show_issued(issued: Sequence[tuple[Path, Certificate]], as_json: bool) -> None:
@@ -76,7 +75,7 @@ def for_programs(subject: Subject) -> dict[str, Any]:
 
 def _row(subject: Subject) -> tuple[str, ...]:
     first, *_ = subject.digests.items()
-    return subject.name, *_origin(subject), " ".join(subject.digests), f"{first[0]}:{first[1].hex()}"
+    return subject.name[:_NAME_CHARS], *_origin(subject), " ".join(subject.digests), f"{first[0]}:{first[1].hex()}"
 
 
 def _origin(subject: Subject) -> tuple[str, str]:

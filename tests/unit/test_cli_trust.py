@@ -156,16 +156,20 @@ def test_issue_refuses_nonsense_and_writes_nothing(here: Path) -> None:
     assert names(here) == ["kernel", "key.pem", "trust.toml"]
 
 
-def test_show_is_bounded_and_shows_hostile_names_harmlessly(here: Path) -> None:
+def test_show_hides_nothing_and_shows_hostile_names_harmlessly(here: Path) -> None:
     (here / "c.dsse").write_bytes(issue(*(subject(b"\x1b]0;%d" % n) for n in range(1000))))
     shown = run(cert.command, "show", "c.dsse")
     assert shown.exit_code == 0
     assert "\x1b]" not in shown.output
-    assert len(shown.output.splitlines()) < 40
-    assert "980 more" in shown.output
+    assert all(f";{n}" in shown.output for n in range(1000))
     as_json = json.loads(run(cert.command, "show", "c.dsse", "--json").output)
     assert as_json["subjectCount"] == 1000
-    assert len(as_json["subjects"]) == 20
+    assert len(as_json["subjects"]) == 1000
+
+
+def test_one_long_name_does_not_widen_every_row(here: Path) -> None:
+    (here / "c.dsse").write_bytes(issue(subject(b"n" * 100_000), *(subject(b"%d" % n) for n in range(100))))
+    assert len(run(cert.command, "show", "c.dsse").output) < 100_000
 
 
 def test_verify_names_the_file_and_the_reason(here: Path) -> None:
