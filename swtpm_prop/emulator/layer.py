@@ -22,10 +22,16 @@ Execute = Callable[[bytes], bytes]
 
 
 class Layer:
-    """What the preloaded object calls; ``codes`` are the TPM command codes that it must bring to ``process``."""
+    """What the preloaded object calls.
+
+    Attributes:
+        codes: the TPM command codes that it must bring to ``process``.
+        breaks: the commands that it must execute once ``process`` or ``resumed`` has raised.
+    """
 
     def __init__(self, banks: tuple[Bank, ...], index: Index, log: Log, execute: Execute) -> None:
         self.codes = translation.codes(banks)
+        self.breaks = translation.breaks(banks)
         self._banks = banks
         self._index = index
         self._log = log

@@ -43,6 +43,7 @@ static main_init_function *real_main_init;
 static choose_function *real_choose;
 
 static PyObject *layer;
+static PyObject *breaks;
 static PyObject *process;
 static uint32_t codes[MAX_CODES];
 static size_t code_count;
@@ -117,7 +118,23 @@ static _Noreturn void refuse_exception(void)
 
 /* -- between swtpm and libtpms ------------------------------------------------------------------ */
 
-/* The layer failed: say so in swtpm's log and never again let a PCR change. The interpreter lock is held. */
+/* No PCR may go on saying "held" of what the layer did not see to its end, nor in a snapshot taken from now on. */
+static void break_pcrs(void)
+{
+	unsigned char *response = NULL;
+	uint32_t capacity = 0, size = 0;
+
+	for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(breaks); i++) {
+		PyObject *command = PyTuple_GET_ITEM(breaks, i);
+
+		real_process(&response, &size, &capacity, (unsigned char *)PyBytes_AS_STRING(command),
+			     (uint32_t)PyBytes_GET_SIZE(command));
+	}
+	free(response);
+}
+
+/* The layer failed: break what it keeps, say so in swtpm's log and never again let a PCR change. The interpreter
+ * lock is held. */
 static void give_up(void)
 {
 	int (*logprintf)(int, const char *, ...);
@@ -126,6 +143,7 @@ static void give_up(void)
 
 	failed = true;
 	reason(line);
+	break_pcrs();
 	*(void **)&logprintf = dlsym(RTLD_DEFAULT, "logprintf");
 	if (!logprintf)
 		return;
@@ -314,6 +332,16 @@ static void take_codes(void)
 	Py_DECREF(listed);
 }
 
+static void take_breaks(void)
+{
+	breaks = PyObject_GetAttrString(layer, "breaks");
+	if (!breaks || !PyTuple_Check(breaks))
+		refuse_exception();
+	for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(breaks); i++)
+		if (!PyBytes_Check(PyTuple_GET_ITEM(breaks, i)))
+			refuse_exception();
+}
+
 static void start_layer(const char *path)
 {
 	static PyMethodDef definition = { "execute", execute, METH_O, NULL };
@@ -328,6 +356,7 @@ static void start_layer(const char *path)
 	if (!process)
 		refuse_exception();
 	take_codes();
+	take_breaks();
 	Py_DECREF(module);
 	Py_DECREF(lean);
 	Py_DECREF(callable);

@@ -47,6 +47,16 @@ def codes(banks: Banks) -> tuple[int, ...]:
     return always if all(bank.visible for bank in banks) else (*always, tpm.CC_GET_CAPABILITY)
 
 
+def breaks(banks: Banks) -> tuple[bytes, ...]:
+    """Commands that break every translated PCR in every bank: the last that is done when the layer cannot go on."""
+    return tuple(
+        tpm.build_pcr_extend(
+            pcr, tuple(Digest(bank.algorithm, broken_digest(bank)) for bank in _target(banks, pcr).banks)
+        )
+        for pcr in sorted(frozenset().union(*(bank.pcrs for bank in banks)))
+    )
+
+
 def handle(command: bytes, banks: Banks, judge: Judge) -> Steps:
     """Execute one command of the guest.
 

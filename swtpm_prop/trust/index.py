@@ -169,7 +169,8 @@ class Index:
             return self._judge(properties, measured, now)
         except StoreError as error:
             return Verdict(False, (), "no-index", error.what)
-        except _FAULTS as error:
+        except Exception as error:
+            # Whatever it is, it is the index's fault, and one that must not take the guest's TPM away.
             return Verdict(False, (), "no-index", f"the index cannot be read: {error}")
 
     def matches(self, measured: Mapping[str, bytes]) -> list[tuple[Claim, bool]]:

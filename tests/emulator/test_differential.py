@@ -362,6 +362,23 @@ def test_saved_state_needs_nothing_of_ours(pair: Pair) -> None:
     pair.compare_raw()
 
 
+def test_a_layer_that_fails_leaves_nothing_held(template: Path, host: LayerHost) -> None:
+    """A state is loaded that holds, into a TPM whose metadata asks for one more bank, which that state has not."""
+    with world_directory() as base:
+        both = manufacture(base / "both", "sha256,sha384")
+        host.opt_in([bank()])
+        with host.tpm(_with_state(base / "one", both)) as tpm:
+            tpm.up().send(extend(4, digests(GOOD)))
+            saved = tpm.snapshot()
+        host.opt_in([bank(), bank("sha512")])
+        with host.tpm(_with_state(base / "other", template)) as tpm:
+            tpm.up().restore(saved)
+            policy = Bank(SHA384, frozenset(), True, tuple(bank()["properties"]))
+            assert [state(policy, read(tpm, SHA384, pcr)) for pcr in (4, 7)] == [BROKEN, BROKEN]
+            assert tpm.send(extend(4, digests(GOOD)))[6:10] == struct.pack(">I", 0x101)
+            assert host.records()[-1]["content"]["reason"] == "layer.bank-inactive"
+
+
 HASHED = b"measured by the H-CRTM"
 
 

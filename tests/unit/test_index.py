@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from swtpm_prop.tpm.algorithms import ALGORITHMS, STRONG, HashAlgorithm
 from swtpm_prop.translate.verdict import covers
 from swtpm_prop.trust import build as builder
 from swtpm_prop.trust.certificate import Certificate
-from swtpm_prop.trust.index import LAYOUTS, Index, pack, row_covers, slot, unpack
+from swtpm_prop.trust.index import LAYOUTS, Index, checksum, pack, row_covers, slot, unpack
 from swtpm_prop.trust.sources import Subject
 
 OTHER = "https://example.org/properties/other"
@@ -404,6 +405,15 @@ def test_cut_under_an_open_index_without_a_refresh(whole: Path) -> None:
         assert index.judge((BOOT,), digests_of(b"%d" % n), NOW).reason == "no-index"
     index.refresh()
     assert index.judge((BOOT,), digests_of(b"7"), NOW).reason == "no-index"
+
+
+def test_a_wrong_time_in_it_is_no_reason_to_fail(whole: Path) -> None:
+    """Found by an attack: an absurd end, with the right checksum."""
+    with closing(sqlite3.connect(whole)) as db, db:
+        _, *rest = db.execute("SELECT expires, entries, certificates FROM meta").fetchone()
+        db.execute("UPDATE meta SET expires = ?, checksum = ?", (-(2**62), checksum(-(2**62), *rest)))
+    judged = Index.open(str(whole)).judge((BOOT,), {"sha256": bytes(32)}, NOW)
+    assert (judged.certified, judged.reason) == (False, "no-index")
 
 
 def test_closed(whole: Path) -> None:

@@ -14,7 +14,7 @@ from swtpm_prop.errors import LayerError
 from swtpm_prop.tpm import commands as tpm
 from swtpm_prop.tpm.algorithms import ALGORITHMS, SHA1, SHA256, SHA384, SHA512, Digest
 from swtpm_prop.tpm.ima import boot_aggregate_measurement
-from swtpm_prop.translate.layer import codes, handle, resumed
+from swtpm_prop.translate.layer import breaks, codes, handle, resumed
 from swtpm_prop.translate.policy import (
     BROKEN,
     HELD,
@@ -355,3 +355,12 @@ def _aggregate_after_a_boot(bank: Bank, model: ModelTpm) -> bytes:
     run(model, extend(4, digests(GOOD, *ALL)), bank)
     pcrs = {pcr: raw(model, pcr) for pcr in range(10)}
     return hashlib.sha256(boot_aggregate_measurement("ima-sig", pcrs)).digest()
+
+
+def test_the_last_commands_break_every_translated_pcr(model: ModelTpm) -> None:
+    run(model, extend(4, digests(GOOD, *ALL)))
+    before = raw(model, 4)
+    for last in breaks((BANK,)):
+        model.execute(last)
+    assert [state_of(model, pcr) for pcr in sorted(BANK.pcrs)] == [BROKEN] * len(BANK.pcrs)
+    assert raw(model, 4) == before
