@@ -38,6 +38,18 @@ def package(name: str) -> Path:
     return tree
 
 
+def archive(name: str) -> Path:
+    """The .deb of binary package ``name`` itself, fetched once; keeps its version as `package` does."""
+    kept = cache() / "archives"
+    kept.mkdir(exist_ok=True)
+    with (kept / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not list(kept.glob(f"{name}_*.deb")):
+            _download(name, kept)
+    (deb,) = kept.glob(f"{name}_*.deb")
+    return deb
+
+
 def cloud_kernels() -> list[str]:
     """Signed cloud kernel packages of the archive, oldest ABI first (``linux-image-6.1.0-47-cloud-amd64`` ...)."""
     names = _run("apt-cache", "pkgnames", "linux-image-").split()
@@ -56,11 +68,15 @@ def _numbers(name: str) -> list[int]:
 
 def _fetch(name: str, tree: Path) -> None:
     with tempfile.TemporaryDirectory(dir=tree.parent, prefix=".fetch-") as scratch:
-        _run("apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", name, cwd=scratch)
+        _download(name, Path(scratch))
         (deb,) = Path(scratch).glob("*.deb")
         unpacked = Path(scratch) / "tree"
         _run("dpkg", "-x", str(deb), str(unpacked))
         unpacked.rename(tree)
+
+
+def _download(name: str, to: Path) -> None:
+    _run("apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", name, cwd=str(to))
 
 
 def _run(*command: str, cwd: str | None = None) -> str:

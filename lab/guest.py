@@ -65,7 +65,7 @@ def _entries(kernel_package: str) -> dict[str, cpio.Entry]:
     entries |= {str(path).lstrip("/"): cpio.program(path.read_bytes()) for path in _libraries()}
     entries |= {f"lib/modules/{name}.ko": cpio.file(_module(kernel_package, name)) for name in MODULES}
     curl = next(path for path in entries if "/libcurl" in path)
-    entries[curl] = cpio.program(_hollow_curl(Path(curl).name))
+    entries[curl] = cpio.program(hollow_curl(Path(curl).name))
     return entries
 
 
@@ -86,7 +86,7 @@ def _libraries() -> set[Path]:
     return found
 
 
-def _hollow_curl(soname: str) -> bytes:
+def hollow_curl(soname: str) -> bytes:
     """A libcurl with the functions tpm2 links against and nothing in them: guests fetch no certificates."""
     symbols = re.findall(r" U (curl_\w+)@(\w+)", run(["nm", "-D", TPM2]).stdout)
     (version,) = {version for _, version in symbols}

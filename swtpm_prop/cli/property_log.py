@@ -99,7 +99,9 @@ def _columns(record: Record) -> list[str]:
 def _because(record: Record) -> str:
     content = record["content"]
     if content["certified"]:
-        return printable("certified by " + ", ".join(name[:23] for name in content["certificates"]))
+        # On no certificate rests what the layer itself recognises; the detail says what.
+        certificates = ", ".join(name[:23] for name in content["certificates"])
+        return printable(f"certified by {certificates}" if certificates else f"certified: {content['detail']}")
     return printable(f"not certified, {content['reason']}: {content['detail'] or content['command']}")
 
 

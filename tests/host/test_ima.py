@@ -1,18 +1,27 @@
-"""What a real kernel measures under ima_policy=tcb is what packages certify, and what its list replays to."""
+"""Linux IMA under ima_policy=tcb on real kernels: PCR 10 of guests that are certified from packages and a tree alone.
+
+It holds until something else runs; what a kernel measures is what packages certify, and what its list replays to.
+"""
 
 from __future__ import annotations
 
 import gzip
+import json
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import userland
 from conftest import Define, Pair
+from product import Product
 
 from lab import cpio, guest
-from lab.debian import package
+from lab.debian import kernel, package
 from lab.domain import Domain
+from lab.machine import Machine
 from swtpm_prop.tpm import ima, imalog
 from swtpm_prop.tpm.algorithms import SHA1, SHA256
 from swtpm_prop.trust import packages
@@ -63,6 +72,83 @@ def test_certified_from_the_package_is_what_the_kernel_measures(
     assert b"/sbin/busybox" not in measured
     assert b"/with_space" in measured
     assert entries[0].data == ima.boot_aggregate_measurement(template, pcrs)
+
+
+@pytest.fixture(scope="module")
+def certified(pair: Pair, product: Product) -> Iterator[list[Domain]]:
+    """Guests with the same userland and different kernels, firmware too: all they run is certified, from no boot."""
+    unpacked, own = userland.unpacked(pair.work / "packages"), userland.own_tree(pair.work / "own")
+    sources = [word for deb in userland.archives() for word in ("--deb", deb)]
+    kernels = guest.kernels(2, "6.1")
+    sources += [word for tree in (own, *map(package, kernels)) for word in ("--tree", tree)]
+    product.build(product.certify(*sources))
+    domains = []
+    for name, firmware in zip(kernels, ("seabios", "ovmf"), strict=True):
+        initrd = userland.initramfs(pair.work / f"{name}.initrd", unpacked, own, name)
+        cmdline = f"{guest.CMDLINE} {POLICY}"
+        domains.append(Domain(name=name, firmware=firmware, kernel=kernel(name), initrd=initrd, cmdline=cmdline))
+    yield domains
+    product.build()
+
+
+COPY = "mkdir /strange; cp /bin/busybox /strange; /strange/busybox true"
+REPLACE = "cp /bin/tpm2 /tmp/x; echo >>/tmp/x; mv /tmp/x /bin/tpm2; tpm2_getrandom 1"
+CASES = ((COPY, b"/strange/busybox", ()), (REPLACE, b"/usr/bin/tpm2", ("--hidden",)))
+
+
+def test_pcr_10_holds_until_something_uncertified_runs(
+    pair: Pair, product: Product, certified: list[Domain], define: Define
+):
+    aggregates = []
+    for domain, (line, path, options) in zip(certified, CASES, strict=True):
+        machine = define(pair.one, domain)
+        product.enable(machine, "--pcrs", "0-14", *options)
+        machine.boot()
+        aggregates.append(holds(product, machine))
+        machine.console.check(line)
+        broken_by(product, machine, path)
+        machine.destroy()
+    one, other = aggregates
+    assert one != other
+
+
+def holds(product: Product, machine: Machine) -> bytes:
+    """PCR 10 is held after boot and after another certified program, each measurement rests on what it should.
+
+    Returns the template data of the boot aggregate.
+    """
+    assert product.status(machine)[ima.PCR] == "held"
+    before = measurements(product, machine)
+    machine.console.check("tpm2_getrandom 4 --hex")
+    assert product.status(machine)[ima.PCR] == "held"
+    entries = imalog.parse(machine.console.get(LIST))
+    aggregate, *others = measurements(product, machine)
+    assert len(others) + 1 == len(entries) > len(before)
+    assert b"/usr/bin/tpm2" in {entry.path for entry in entries[len(before) :]}
+    assert {entry.template for entry in entries} == {"ima-sig"}  # files alone: no buffer, key or critical data
+    assert (aggregate["certified"], aggregate["certificates"]) == (True, [])
+    assert "boot aggregate" in aggregate["detail"]
+    assert all(other["certified"] and len(other["certificates"]) == 1 for other in others)
+    return entries[0].data
+
+
+def broken_by(product: Product, machine: Machine, path: bytes) -> None:
+    """PCR 10 is broken, and the commands for people and for programs say by which file."""
+    assert product.status(machine)[ima.PCR] == "broken"
+    log, name = product.content("ima.list", machine.console.get(LIST)), machine.domain.name
+    words = ("--ima-log", str(log), "--", name)
+    said = json.loads(machine.host.cli("domain", "status", "--json", *words, check=False).stdout)
+    (cause,) = (cause for cause in said["causes"] if cause["pcr"] == ima.PCR)
+    assert (cause["reason"], cause["type"], cause["description"]) == ("unknown", "ima-sig", path.decode())
+    assert f"ima-sig {path.decode()}\n" in machine.host.cli("domain", "status", *words, check=False).stdout
+    refused = [text for text in machine.host.cli("domain", "log", *words).stdout.splitlines() if "PCR 10" in text]
+    assert "certified: IMA's boot aggregate" in refused[0]
+    assert next(text for text in refused if "not certified" in text).endswith(f"ima-sig {path.decode()}")
+
+
+def measurements(product: Product, machine: Machine) -> list[dict[str, Any]]:
+    """What the property log has of PCR 10."""
+    return [record["content"] for record in product.log(machine) if record["pcr"] == ima.PCR]
 
 
 def whole(data: bytes, pcr_10: dict[str, bytes]) -> tuple[imalog.Entry, ...]:

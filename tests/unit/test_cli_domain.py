@@ -235,6 +235,11 @@ def test_log_says_what_each_state_rests_on(layout: Layout) -> None:
     assert all(click.unstyle(line).isprintable() for line in (startup, held, refused, failure))
 
 
+def test_log_says_what_the_layer_recognised_without_a_certificate(layout: Layout) -> None:
+    append(layout, record.measurement("PCR_Extend", 10, (), "sha384", "held", Verdict(True, (), "", "boot aggregate")))
+    assert call("log", "g", layout=layout).stdout.splitlines()[-1].endswith("certified: boot aggregate")
+
+
 def test_log_as_json_is_the_log_itself(layout: Layout) -> None:
     broken(layout)
     lines = call("log", "g", "--json", layout=layout).stdout.splitlines()
