@@ -108,7 +108,7 @@ def command(
 
 def _window(now: int, not_before: str | None, not_after: str | None, valid_days: int | None) -> tuple[int, int]:
     if not_after is not None and valid_days is not None:
-        raise UsageError("usage.validity", "--not-after and --valid-days exclude each other")
+        raise UsageError("usage.validity", "--not-after and --valid-days exclude each other", "give one of them")
     first = parse_time(not_before) if not_before else now
     return first, parse_time(not_after) if not_after else first + (valid_days or 365) * _DAY
 
@@ -150,7 +150,9 @@ def _annotated(subjects: list[Subject], component: str | None) -> list[Subject]:
         return subjects
     name, _, version = component.partition("=")
     if not (name and version):
-        raise UsageError("usage.component", f"'{component}' is not NAME=VERSION")
+        raise UsageError(
+            "usage.component", f"'{component}' is not NAME=VERSION", "write for example --component linux=6.1.153-1"
+        )
     sort_key(version)  # or the store could not tell which versions are below it
     named = {COMPONENT: name, VERSION: version}
     return [subject if subject.annotations else subject._replace(annotations=named) for subject in subjects]

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from swtpm_prop.errors import WireError
 from swtpm_prop.limits import EVENT_LOG_BYTES, IMA_LOG_BYTES
 from swtpm_prop.trust.files import read_file
 from swtpm_prop.trust.measurements import Known, Measurement, of_event_log, of_ima_list
@@ -35,8 +36,17 @@ def known(event_logs: Sequence[Path], ima_logs: Sequence[Path]) -> Known:
 
     def measurements() -> Iterator[Measurement]:
         for path in event_logs:
-            yield from of_event_log(read_file(path, EVENT_LOG_BYTES))
+            yield from _described(path, of_event_log(read_file(path, EVENT_LOG_BYTES)))
         for path in ima_logs:
-            yield from of_ima_list(read_file(path, IMA_LOG_BYTES))
+            yield from _described(path, of_ima_list(read_file(path, IMA_LOG_BYTES)))
 
     return Known(measurements())
+
+
+def _described(path: Path, found: Iterator[Measurement]) -> Iterator[Measurement]:
+    """Whatever is wrong with a log says which one."""
+    try:
+        yield from found
+    except WireError as error:
+        mend = "copy it from the guest again, and name firmware's log and IMA's list each with its own option"
+        raise WireError(error.id, f"{path}: {error.what}", mend) from error

@@ -50,9 +50,9 @@ def predict(
 ) -> None:
     """Print the value of a property PCR: it depends on nothing but the bank and its properties."""
     if bool(properties) == bool(domain_xml):
-        raise UsageError("usage.properties", "give either --property or --domain-xml")
+        raise UsageError("usage.properties", "give either --property or --domain-xml", "give one of them, and only one")
     if policy and pcrs is None:
-        raise UsageError("usage.pcrs", "--policy needs --pcrs")
+        raise UsageError("usage.pcrs", "--policy needs --pcrs", "name the PCRs to seal to, for example --pcrs 4,7")
     chosen = _chosen(pcrs)
     banks = _domain_banks(domain_xml) if domain_xml else (_bank(BY_NAME[bank], properties, chosen),)
     if policy:
@@ -92,7 +92,11 @@ def _chosen(pcrs: str | None) -> frozenset[int]:
 
 def _bank(algorithm: HashAlgorithm, properties: tuple[str, ...], pcrs: frozenset[int]) -> Bank:
     if len(properties) > BANK_PROPERTIES:
-        raise UsageError("usage.properties", f"a bank has at most {BANK_PROPERTIES} properties")
+        raise UsageError(
+            "usage.properties",
+            f"a bank has at most {BANK_PROPERTIES} properties",
+            "leave some out, or certify one property that stands for several",
+        )
     for uri in properties:
         check_property(uri)
     return Bank(algorithm, pcrs, True, properties)
@@ -140,7 +144,11 @@ def _print_policies(
 def _check_translated(bank: Bank, chosen: frozenset[int]) -> None:
     missing = sorted(chosen - bank.pcrs)
     if missing:
-        raise UsageError("usage.pcrs", f"bank {bank.algorithm.name} of this domain does not translate PCR {missing[0]}")
+        raise UsageError(
+            "usage.pcrs",
+            f"bank {bank.algorithm.name} of this domain does not translate PCR {missing[0]}",
+            "choose among its PCRs, or add this one to the domain with swtpm-prop domain enable --pcrs",
+        )
 
 
 def _json(bank: Bank, more: dict[str, Any]) -> dict[str, Any]:

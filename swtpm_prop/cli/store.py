@@ -54,7 +54,7 @@ for _verb in (
 def build_(paths: tuple[Path, ...], trust_file: Path, to: Path, expires: str | None, as_json: bool) -> None:
     """Verify the certificates and replace the index: all of them, or nothing changes.
 
-    In a directory every file is taken. A certificate outside its validity window is no error: the index knows the
+    Of a directory its *.json are taken. A certificate outside its validity window is no error: the index knows the
     window and guests are refused with that reason.
     """
     files = _files(paths)
@@ -67,7 +67,7 @@ def build_(paths: tuple[Path, ...], trust_file: Path, to: Path, expires: str | N
         output.print_json({**_summary(summary), "notes": [{"file": str(f), "id": e.id} for f, e in notes]})
         return
     for file, error in notes:
-        click.secho(TrustError(error.id, f"{file}: {error.what}").line(), fg="yellow", err=True)
+        click.secho(TrustError(error.id, f"{file}: {error.what}", error.mend).line(), fg="yellow", err=True)
     click.echo(
         f"certificates: {summary.certificates}, entries: {summary.entries}, bytes: {summary.size};"
         f" guests believe it until {format_time(summary.expires)}"
@@ -116,13 +116,17 @@ def stats(index: Path, as_json: bool) -> None:
 
 
 def _files(paths: Sequence[Path]) -> list[Path]:
-    """Directories become their files, sorted; names with a leading dot are editors' and our own temporary files."""
+    """Directories become their ``*.json``, sorted; a leading dot is that of editors' and our own temporary files."""
     if not paths:
-        raise UsageError("usage.no-certificate", "no certificate or directory is named")
+        raise UsageError(
+            "usage.no-certificate",
+            "no certificate or directory is named",
+            "name files, or a directory that holds them as *.json",
+        )
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files += sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
+            files += sorted(entry for entry in path.glob("[!.]*.json") if entry.is_file())
         else:
             files.append(path)
     return files
@@ -167,7 +171,11 @@ def _measurements(what: str) -> list[tuple[str, Mapping[str, bytes]]]:
         return [(what, {_BY_DIGITS[len(parts[2])]: bytes.fromhex(parts[2])})]
     path = Path(what)
     if not path.is_file():
-        raise UsageError("usage.digest", f"'{what}' is neither a digest in lower-case hex nor a file")
+        raise UsageError(
+            "usage.digest",
+            f"'{what}' is neither a digest in lower-case hex nor a file",
+            "check the name, or give a digest as sha256sum prints it",
+        )
     plain = [("plain hash", subject.digests) for subject in sources.from_file(path)]
     try:
         return plain + [("Authenticode", subject.digests) for subject in sources.from_pe(path)]
@@ -211,7 +219,13 @@ def _print_answer(answer: Mapping[str, Any]) -> None:
     if answer["certified"]:
         click.secho(f"{answer['measured']}: certified", fg="green")
     else:
-        click.echo(Error(answer["reason"], f"{answer['measured']}: not certified, {answer['detail']}").line())
+        click.echo(
+            Error(
+                answer["reason"],
+                f"{answer['measured']}: not certified, {answer['detail']}",
+                "have it certified, or bring the index up to date with store sync or store build",
+            ).line()
+        )
     if answer["certificates"]:
         _print_claims(answer["certificates"])
 

@@ -102,7 +102,11 @@ def revoke(
     Exit status 1 if a certificate has versions on both sides of --below: it stays, and wants to be replaced.
     """
     if (component is None) != (below is None) or not (certificates or component):
-        raise UsageError("usage.revoke", "name certificates, or --component together with --below")
+        raise UsageError(
+            "usage.revoke",
+            "no certificate is named, or only one of --component and --below",
+            "name certificates, or --component together with --below",
+        )
     ids = [_id(name) for name in certificates]
     limit = (component, below) if component and below else None
     done = Publisher(directory).revoke(ids, limit, output.progress)
@@ -162,7 +166,11 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
     for word in words:
         role, equals, value = word.partition("=")
         if not equals or role not in (*ROLES, _ONLINE) or not value:
-            raise UsageError("usage.role", f"'{word}' is not ROLE=VALUE with a role of {', '.join(ROLES)}, {_ONLINE}")
+            raise UsageError(
+                "usage.role",
+                f"'{word}' is not ROLE=VALUE with a role of {', '.join(ROLES)}, {_ONLINE}",
+                "write for example --days timestamp=3 or --threshold root=2",
+            )
         pairs += [(one, value) for one in (("snapshot", "timestamp") if role == _ONLINE else (role,))]
     return pairs
 
@@ -171,7 +179,11 @@ def _numbers(words: Sequence[str]) -> Mapping[str, int]:
     numbers = {}
     for role, value in _pairs(words):
         if re.fullmatch("[1-9][0-9]{0,4}", value) is None:
-            raise UsageError("usage.role", f"'{role}={value}' has no number of 1 or more")
+            raise UsageError(
+                "usage.role",
+                f"'{role}={value}' has no number of 1 or more",
+                "write for example --days timestamp=3 or --threshold root=2",
+            )
         numbers[role] = int(value)
     return numbers
 
@@ -184,7 +196,9 @@ def _id(name: str) -> str:
         return certificate.read(read_file(Path(name), CERTIFICATE_BYTES)).id
     except TrustError as error:
         raise TrustError(
-            error.id, f"'{name}' is neither an id like sha256:... nor a certificate: {error.what}"
+            error.id,
+            f"'{name}' is neither an id like sha256:... nor a certificate: {error.what}",
+            "name a certificate file, or the id that swtpm-prop cert show prints",
         ) from error
 
 

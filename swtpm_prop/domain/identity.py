@@ -51,7 +51,11 @@ def identify(xml: bytes) -> Identity:
     """
     identity = scan(xml)
     if not identity.uuid:
-        raise DomainError("domain.uuid", "the domain XML has no UUID that libvirt would write")
+        raise DomainError(
+            "domain.uuid",
+            "the domain XML has no UUID that libvirt would write",
+            "let libvirt call the hook, or correct the UUID with virsh edit",
+        )
     return identity
 
 
@@ -73,7 +77,11 @@ class _Scan:
         try:
             parser.Parse(xml, True)
         except expat.ExpatError as error:
-            raise DomainError("domain.xml-malformed", f"XML is not well-formed, {error}") from error
+            raise DomainError(
+                "domain.xml-malformed",
+                f"XML is not well-formed, {error}",
+                "correct the XML; virsh dumpxml prints what libvirt has",
+            ) from error
 
     def _doctype(self, *_: object) -> None:
         raise DomainError(

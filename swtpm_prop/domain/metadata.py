@@ -129,7 +129,11 @@ def _tree(xml: bytes) -> etree._Element:
     try:
         return etree.fromstring(xml, parser)
     except (etree.XMLSyntaxError, ValueError) as error:
-        raise DomainError("domain.xml-malformed", f"XML is not well-formed, {error}") from error
+        raise DomainError(
+            "domain.xml-malformed",
+            f"XML is not well-formed, {error}",
+            "correct it, or let swtpm-prop domain enable write it",
+        ) from error
 
 
 def _only_element(root: etree._Element) -> etree._Element:

@@ -60,7 +60,11 @@ def run(argv: Sequence[str], xml: bytes, layout: Layout) -> int:
     operation = OPERATIONS.get(argv[1], Operation(nothing)) if len(argv) > 1 else None
     try:
         if operation is None:
-            raise UsageError("hook.usage", "the hook is called by libvirt: NAME OPERATION SUBOPERATION EXTRA")
+            raise UsageError(
+                "hook.usage",
+                "the hook is called by libvirt: NAME OPERATION SUBOPERATION EXTRA",
+                "leave the hook to libvirt; swtpm-prop doctor says whether it works",
+            )
         operation.step(xml, layout)
     except Error as error:
         say(error.line())

@@ -28,7 +28,11 @@ def lay_out(uuid: str, xml: bytes, layout: Layout) -> None:
     """
     vtpm = parse_domain(xml)
     if vtpm is None:
-        raise DomainError("domain.misplaced", "the domain XML speaks of us, but has no metadata of ours")
+        raise DomainError(
+            "domain.misplaced",
+            "the domain XML speaks of us, but has no metadata of ours",
+            "move our element right below <metadata>, or let swtpm-prop domain enable write it",
+        )
     _look_at_path(layout)
     _look_at_index(layout)
     account = swtpm_account(layout)

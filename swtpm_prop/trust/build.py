@@ -134,7 +134,11 @@ def _exclusive(directory: Path) -> Iterator[int]:
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise StoreError("store.directory", f"'{directory}' is no directory to build in: {error.strerror}") from error
+        raise StoreError(
+            "store.directory",
+            f"'{directory}' is no directory to build in: {error.strerror}",
+            "make the directory with swtpm-prop install, or name another with --output",
+        ) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield descriptor
@@ -184,4 +188,8 @@ def _failed(error: Exception) -> StoreError:
         )
     if code & 0xFF == sqlite3.SQLITE_CORRUPT:
         return tables.damaged(str(error))
-    return StoreError("store.write", f"the index cannot be written: {error}")
+    return StoreError(
+        "store.write",
+        f"the index cannot be written: {error}",
+        "free space on its disk and be root, then build or sync again",
+    )

@@ -151,7 +151,11 @@ def check_window(certificate: Certificate, now: int) -> None:
         TrustError: ``trust.expired``, ``trust.not-yet-valid``.
     """
     if now < certificate.not_before:
-        raise TrustError("trust.not-yet-valid", f"it is valid from {format_time(certificate.not_before)} on")
+        raise TrustError(
+            "trust.not-yet-valid",
+            f"it is valid from {format_time(certificate.not_before)} on",
+            "wait until then, or set this machine's clock right",
+        )
     if now > certificate.not_after:
         raise TrustError("trust.expired", f"it expired at {format_time(certificate.not_after)}", "get a newer one")
 
@@ -172,7 +176,9 @@ def parse_time(text: str) -> int:
             raise ValueError
         return calendar.timegm(time.strptime(text, _TIME))
     except ValueError:
-        raise TrustError("trust.time", f"'{text[:40]}' is no time like 2026-01-31T00:00:00Z") from None
+        raise TrustError(
+            "trust.time", f"'{text[:40]}' is no time like 2026-01-31T00:00:00Z", "write it so, in UTC and whole seconds"
+        ) from None
 
 
 # -- writing ------------------------------------------------------------------------------------
@@ -206,7 +212,9 @@ def _descriptor(subject: Subject) -> Object:
 def _envelope(data: bytes) -> dsse.Envelope:
     envelope = dsse.parse(data)
     if envelope.payload_type != PAYLOAD_TYPE:
-        raise TrustError("trust.payload-type", f"its payload is '{envelope.payload_type[:80]}', not {PAYLOAD_TYPE}")
+        raise TrustError(
+            "trust.payload-type", f"its payload is '{envelope.payload_type[:80]}', not {PAYLOAD_TYPE}", strict_json.ANEW
+        )
     return envelope
 
 
@@ -218,7 +226,7 @@ def _typed(payload: bytes) -> Object:
     ):
         found = member(statement, name, str)
         if found != expected:
-            raise TrustError(id, f"its {name} is '{found[:80]}', not {expected}")
+            raise TrustError(id, f"its {name} is '{found[:80]}', not {expected}", strict_json.ANEW)
     return statement
 
 
@@ -234,10 +242,10 @@ def _contents(payload: bytes, statement: Object) -> Certificate:
     not_before = parse_time(member(validity, "notBefore", str))
     not_after = parse_time(member(validity, "notAfter", str))
     if not_before > not_after:
-        raise TrustError("trust.validity", "its validity ends before it begins")
+        raise TrustError("trust.validity", "its validity ends before it begins", strict_json.ANEW)
     serial = member(predicate, "serial", str)
     if _SERIAL_FORM.fullmatch(serial) is None:
-        raise TrustError("trust.serial", "its serial is not 2 to 64 lower-case hex digits")
+        raise TrustError("trust.serial", "its serial is not 2 to 64 lower-case hex digits", strict_json.ANEW)
     return Certificate(
         id="sha256:" + hashlib.sha256(payload).hexdigest(),
         issuer=_issuer(statement),
@@ -253,7 +261,9 @@ def _contents(payload: bytes, statement: Object) -> Certificate:
 def _properties(predicate: Object) -> tuple[str, ...]:
     properties = strict_json.strings(predicate, "properties")
     if not 1 <= len(properties) <= CERTIFICATE_PROPERTIES or len(set(properties)) != len(properties):
-        raise TrustError("trust.properties", f"it needs 1 to {CERTIFICATE_PROPERTIES} properties, all different")
+        raise TrustError(
+            "trust.properties", f"it needs 1 to {CERTIFICATE_PROPERTIES} properties, all different", strict_json.ANEW
+        )
     for uri in properties:
         check_property(uri)
     return tuple(properties)
@@ -262,7 +272,9 @@ def _properties(predicate: Object) -> tuple[str, ...]:
 def _subjects(statement: Object) -> tuple[Subject, ...]:
     entries = member(statement, "subject", list)
     if not 1 <= len(entries) <= SUBJECTS:
-        raise TrustError("trust.subjects", f"it has {len(entries)} subjects, allowed are 1 to {SUBJECTS}")
+        raise TrustError(
+            "trust.subjects", f"it has {len(entries)} subjects, allowed are 1 to {SUBJECTS}", strict_json.ANEW
+        )
     subjects = tuple(_subject(entry) for entry in entries)
     _check_consistent(subjects)
     return subjects
@@ -270,13 +282,15 @@ def _subjects(statement: Object) -> tuple[Subject, ...]:
 
 def _subject(entry: object) -> Subject:
     if not isinstance(entry, dict):
-        raise TrustError("trust.field", "a subject is no object")
+        raise TrustError("trust.field", "a subject is no object", strict_json.ANEW)
     name = member(entry, "name", str) if "name" in entry else ""
     digests = member(entry, "digest", dict)
     known = {algorithm: _digest(algorithm, text, name) for algorithm, text in digests.items() if algorithm in BY_NAME}
     strong = {algorithm.name: known[algorithm.name] for algorithm in STRONG if algorithm.name in known}
     if not strong:
-        raise TrustError("trust.weak-digest", f"subject '{name[:80]}' has no SHA-256, SHA-384 or SHA-512 digest")
+        raise TrustError(
+            "trust.weak-digest", f"subject '{name[:80]}' has no SHA-256, SHA-384 or SHA-512 digest", strict_json.ANEW
+        )
     return Subject(name, strong, _annotations(entry) if "annotations" in entry else NO_ANNOTATIONS)
 
 
@@ -287,18 +301,22 @@ def _annotations(entry: Object) -> dict[str, str]:
         raise TrustError(
             "trust.annotations",
             f"a subject may have {ANNOTATIONS} annotations, each a string of at most {ANNOTATION_CHARS} characters",
+            strict_json.ANEW,
         )
     return annotations
 
 
 def _digest(algorithm: str, text: object, name: str) -> bytes:
     if not isinstance(text, str) or _HEX_FORM.fullmatch(text) is None:
-        raise TrustError("trust.digest-form", f"the {algorithm} of subject '{name[:80]}' is no lower-case hex")
+        raise TrustError(
+            "trust.digest-form", f"the {algorithm} of subject '{name[:80]}' is no lower-case hex", strict_json.ANEW
+        )
     size = BY_NAME[algorithm].size
     if len(text) != 2 * size:
         raise TrustError(
             "trust.digest-length",
             f"the {algorithm} of subject '{name[:80]}' has {len(text)} hex digits, not {2 * size}",
+            strict_json.ANEW,
         )
     return bytes.fromhex(text)
 
@@ -311,5 +329,7 @@ def _check_consistent(subjects: Sequence[Subject]) -> None:
             others = seen.setdefault(value, {})
             if any(others.setdefault(algorithm, digest) != digest for algorithm, digest in digests.items()):
                 raise TrustError(
-                    "trust.contradiction", f"subject '{name[:80]}' contradicts another with the same digest"
+                    "trust.contradiction",
+                    f"subject '{name[:80]}' contradicts another with the same digest",
+                    strict_json.ANEW,
                 )

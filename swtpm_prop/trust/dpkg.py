@@ -129,7 +129,11 @@ def _origin(line: str, where: str) -> Origin:
     package, _, rest = line.partition("\t")
     component, _, version = rest.partition("\t")
     if not (_NAME.fullmatch(package) and _NAME.fullmatch(component) and _VERSION.fullmatch(version)):
-        raise TrustError("source.deb", f"{where} has no proper package name, source and version: {line[:80]!r}")
+        raise TrustError(
+            "source.deb",
+            f"{where} has no proper package name, source and version: {line[:80]!r}",
+            "take the package from its archive again",
+        )
     return Origin(package, component, version)
 
 
@@ -140,7 +144,11 @@ def _run(*command: str) -> str:
     except FileNotFoundError:
         raise _missing(command[0]) from None
     if done.returncode:
-        raise TrustError("source.deb", f"{command[0]} refuses: {done.stderr.decode(errors='replace').strip()}")
+        raise TrustError(
+            "source.deb",
+            f"{command[0]} refuses: {done.stderr.decode(errors='replace').strip()}",
+            "see that it is a whole Debian package",
+        )
     return os.fsdecode(done.stdout)
 
 

@@ -43,7 +43,9 @@ def parse(data: bytes) -> Envelope:
     envelope = strict_json.parse(data)
     entries = strict_json.member(envelope, "signatures", list)
     if not 1 <= len(entries) <= SIGNATURES:
-        raise TrustError("trust.signatures", f"it has {len(entries)} signatures, allowed are 1 to {SIGNATURES}")
+        raise TrustError(
+            "trust.signatures", f"it has {len(entries)} signatures, allowed are 1 to {SIGNATURES}", strict_json.ANEW
+        )
     kind = strict_json.member(envelope, "payloadType", str)
     payload = _decode(strict_json.member(envelope, "payload", str))
     return Envelope(kind, payload, tuple(_signature(entry) for entry in entries))
@@ -93,7 +95,7 @@ def _signed(key: PublicKey, signatures: Sequence[bytes], message: bytes) -> bool
 
 def _signature(entry: object) -> bytes:
     if not isinstance(entry, dict):
-        raise TrustError("trust.field", "a signature is no object")
+        raise TrustError("trust.field", "a signature is no object", strict_json.ANEW)
     return _decode(strict_json.member(entry, "sig", str))
 
 
@@ -107,7 +109,7 @@ def _decode(text: str) -> bytes:
     try:
         data = base64.b64decode(text, altchars, validate=True)
     except (binascii.Error, ValueError):
-        raise TrustError("trust.base64", "its payload or a signature is no base64") from None
+        raise TrustError("trust.base64", "its payload or a signature is no base64", strict_json.ANEW) from None
     if base64.b64encode(data, altchars) != text.encode("ascii"):
-        raise TrustError("trust.base64", "its payload or a signature is no canonical base64")
+        raise TrustError("trust.base64", "its payload or a signature is no canonical base64", strict_json.ANEW)
     return data

@@ -19,11 +19,19 @@ def read_file(path: Path, most: int) -> bytes:
         with path.open("rb") as file:
             data = file.read(most + 1)
     except FileNotFoundError:
-        raise TrustError("trust.file-missing", f"there is no file '{path}'") from None
+        raise TrustError(
+            "trust.file-missing", f"there is no file '{path}'", "check the name, or put the file there"
+        ) from None
     except (OSError, ValueError) as error:
-        raise TrustError("trust.file-unreadable", f"'{path}' cannot be read: {error}") from None
+        raise TrustError(
+            "trust.file-unreadable", f"'{path}' cannot be read: {error}", "be root, or let this user read it"
+        ) from None
     if len(data) > most:
-        raise TrustError("trust.too-large", f"'{path}' has more than {most} bytes")
+        raise TrustError(
+            "trust.too-large",
+            f"'{path}' has more than {most} bytes",
+            "check the name: this is not the file that is wanted here",
+        )
     return data
 
 
@@ -45,4 +53,8 @@ def write_file(path: Path, data: bytes) -> None:
         finally:
             Path(new).unlink(missing_ok=True)
     except (OSError, ValueError) as error:
-        raise TrustError("trust.file-unwritable", f"'{path}' cannot be written: {error}") from None
+        raise TrustError(
+            "trust.file-unwritable",
+            f"'{path}' cannot be written: {error}",
+            "free space on its disk, and write where this user may",
+        ) from None

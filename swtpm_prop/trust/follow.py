@@ -109,7 +109,11 @@ def _alone(directory: Path) -> Iterator[None]:
         directory.mkdir(mode=0o700, exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise StoreError("store.directory", f"'{directory}' cannot be used: {error.strerror}") from error
+        raise StoreError(
+            "store.directory",
+            f"'{directory}' cannot be used: {error.strerror}",
+            "be root, and see that swtpm-prop is installed and its disk is whole",
+        ) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -161,16 +165,28 @@ def _listed(targets: Targets) -> tuple[dict[str, TargetFile], list[Refusal]]:
         name = _TARGET.fullmatch(path)
         # Other hashes beside it would take part in the name by which it is fetched.
         if name is None or target.hashes != {"sha256": name[1]}:
-            error = StoreError("store.target", "it is not named by its SHA-256 below certificates/")
+            error = StoreError(
+                "store.target",
+                "it is not named by its SHA-256 below certificates/",
+                "ask the publisher to publish with swtpm-prop store publish",
+            )
             refused.append(Refusal(path, error))
         elif target.length > CERTIFICATE_BYTES:
-            too_large = StoreError("store.too-large", f"it has {target.length} bytes, allowed are {CERTIFICATE_BYTES}")
+            too_large = StoreError(
+                "store.too-large",
+                f"it has {target.length} bytes, allowed are {CERTIFICATE_BYTES}",
+                "ask the publisher to divide this certificate",
+            )
             refused.append(Refusal(path, too_large))
         else:
             listed[name[1]] = target
     total = sum(target.length for target in listed.values())
     if total > STORE_BYTES:
-        raise StoreError("store.too-large", f"the store has {total} bytes of certificates, allowed are {STORE_BYTES}")
+        raise StoreError(
+            "store.too-large",
+            f"the store has {total} bytes of certificates, allowed are {STORE_BYTES}",
+            "ask the publisher to take out what nobody needs",
+        )
     return listed, refused
 
 

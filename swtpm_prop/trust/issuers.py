@@ -135,5 +135,5 @@ def _check_uri(uri: str, where: str) -> None:
         raise _refused(f"{where}: {error.what}", error.mend) from error
 
 
-def _refused(why: str, mend: str = "") -> TrustError:
+def _refused(why: str, mend: str = "correct it; the operator's guide has an example") -> TrustError:
     return TrustError("trust.file", f"the trust file is not usable: {why}", mend)

@@ -40,11 +40,19 @@ def load_private(pem: bytes, passphrase: bytes | None) -> PrivateKey:
         key = serialization.load_pem_private_key(pem, passphrase)
     except TypeError as error:
         what = "the key needs a passphrase" if passphrase is None else "a passphrase is given, but the key has none"
-        raise TrustError("trust.key-passphrase", what) from error
+        raise TrustError(
+            "trust.key-passphrase", what, "give the passphrase if the key has one, and none otherwise"
+        ) from error
     except (ValueError, UnsupportedAlgorithm) as error:
         if passphrase is not None:
-            raise TrustError("trust.key-passphrase", "the key does not open with this passphrase") from error
-        raise TrustError("trust.key", "the file holds no private key in PEM") from error
+            raise TrustError(
+                "trust.key-passphrase", "the key does not open with this passphrase", "type it again"
+            ) from error
+        raise TrustError(
+            "trust.key",
+            "the file holds no private key in PEM",
+            "name the private key's PEM file, which begins with -----BEGIN",
+        ) from error
     if isinstance(key, ed25519.Ed25519PrivateKey) or (isinstance(key, ec.EllipticCurvePrivateKey) and _is_p256(key)):
         return key
     raise _unfit()
@@ -75,7 +83,11 @@ def verify(key: PublicKey, signature: bytes, data: bytes) -> None:
         else:
             key.verify(signature, data, ec.ECDSA(SHA256()))
     except InvalidSignature:
-        raise TrustError("trust.signature", f"the signature is not one of key {keyid(key)}") from None
+        raise TrustError(
+            "trust.signature",
+            f"the signature is not one of key {keyid(key)}",
+            "see that the right key is named and the file came whole",
+        ) from None
 
 
 def _is_p256(key: ec.EllipticCurvePublicKey | ec.EllipticCurvePrivateKey) -> bool:

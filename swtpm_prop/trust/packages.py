@@ -65,7 +65,9 @@ def files(tree: Path) -> list[bytes]:
     """
     root = os.fsencode(tree)
     if not tree.is_dir():
-        raise TrustError("source.unreadable", f"{tree} is no directory")
+        raise TrustError(
+            "source.unreadable", f"{tree} is no directory", "name the root directory of a mounted or unpacked system"
+        )
     found = []
     for directory, _, names in os.walk(root, onerror=_unreadable):
         paths = (directory + b"/" + name for name in names)
@@ -102,7 +104,9 @@ def _of_content(path: bytes, content: IO[bytes]) -> tuple[bytes, list[Subject]]:
     if data.startswith(_PE):
         data += content.read(limits.IMAGE_BYTES)
         if len(data) > limits.IMAGE_BYTES:
-            raise TrustError("source.too-big", f"{name}: more than {limits.IMAGE_BYTES} bytes")
+            raise TrustError(
+                "source.too-big", f"{name}: more than {limits.IMAGE_BYTES} bytes", "take the packages without it"
+            )
     subjects = _of_image(name, data)
     wanted = STRONG if subjects or merged(path).startswith(BOOT_DIRECTORIES) else (SHA256,)
     states = {algorithm.name: hashlib.new(algorithm.name) for algorithm in wanted}
@@ -140,4 +144,6 @@ def _of_ima(path: bytes, sha256: bytes) -> list[Subject]:
 
 
 def _unreadable(error: OSError) -> NoReturn:
-    raise TrustError("source.unreadable", f"cannot read {error.filename!r}: {error.strerror}") from error
+    raise TrustError(
+        "source.unreadable", f"cannot read {error.filename!r}: {error.strerror}", "be root, or let this user read it"
+    ) from error

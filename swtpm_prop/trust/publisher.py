@@ -86,7 +86,11 @@ class Publisher:
             for path in (self.certificates, self.metadata, self.targets / "certificates", self.drafts):
                 path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreError("store.directory", f"'{error.filename}' cannot be made: {error.strerror}") from error
+            raise StoreError(
+                "store.directory",
+                f"'{error.filename}' cannot be made: {error.strerror}",
+                "choose a directory that this user may write to",
+            ) from error
         write_file(self.drafts / "root.json", root.to_bytes())
         return root
 
@@ -143,7 +147,11 @@ class Publisher:
                     held[file] = certificate.read(read_file(file, CERTIFICATE_BYTES))
             unknown = set(named) - {one.id for one in held.values()}
             if unknown:
-                raise StoreError("store.certificate-unknown", f"the store has no certificate '{min(unknown)}'")
+                raise StoreError(
+                    "store.certificate-unknown",
+                    f"the store has no certificate '{min(unknown)}'",
+                    "check the id with swtpm-prop cert show FILE",
+                )
             going = {file for file, one in held.items() if one.id in named}
             mixed = set()
             if below:
@@ -205,7 +213,11 @@ class Publisher:
         except BlockingIOError as error:
             raise StoreError("store.busy", f"another process works in '{self.directory}'", "wait for it") from error
         except OSError as error:
-            raise StoreError("store.write", f"the store cannot be changed: {error}") from error
+            raise StoreError(
+                "store.write",
+                f"the store cannot be changed: {error}",
+                "free space on its disk, see who may write there, and try again",
+            ) from error
         finally:
             os.close(descriptor)
 

@@ -107,7 +107,11 @@ def _keyid(root: Root, role: str, beginning: str) -> str:
     found = [keyid for keyid in root.roles[role].keyids if keyid.startswith(beginning)]
     if len(found) != 1:
         count = "no key" if not found else "more than one key"
-        raise StoreError("store.key-unknown", f"role {role} has {count} whose id begins with '{beginning}'")
+        raise StoreError(
+            "store.key-unknown",
+            f"role {role} has {count} whose id begins with '{beginning}'",
+            "write more of the key's id, as swtpm-prop store init or store root printed it",
+        )
     return found[0]
 
 

@@ -189,7 +189,9 @@ def _command_line(section: bytes) -> bytes:
     try:
         text = section.split(b"\0")[0].decode("utf-8")
     except UnicodeDecodeError:
-        raise TrustError("source.command-line", "the .cmdline section is not UTF-8") from None
+        raise TrustError(
+            "source.command-line", "the .cmdline section is not UTF-8", "build the image with a command line in UTF-8"
+        ) from None
     return (re.sub(r"[\x01-\x1f]", " ", text).rstrip(" ") + "\0").encode("utf-16-le")
 
 
@@ -197,7 +199,11 @@ def _read(path: Path) -> bytes:
     with _reading(path), path.open("rb") as file:
         image = file.read(limits.IMAGE_BYTES + 1)
     if len(image) > limits.IMAGE_BYTES:
-        raise TrustError("source.too-big", f"{path}: more than {limits.IMAGE_BYTES} bytes")
+        raise TrustError(
+            "source.too-big",
+            f"{path}: more than {limits.IMAGE_BYTES} bytes",
+            "check the name; a unified kernel image has 60 MB",
+        )
     return image
 
 
@@ -207,6 +213,9 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise TrustError("source.unreadable", f"cannot read {path}: {error.strerror}") from error
+        raise TrustError(
+            "source.unreadable", f"cannot read {path}: {error.strerror}", "check the name, or let this user read it"
+        ) from error
     except (WireError, TrustError) as error:
-        raise type(error)(error.id, f"{path}: {error.what}", error.mend) from error
+        mend = error.mend or "see that it came whole and is what the option asks for"
+        raise type(error)(error.id, f"{path}: {error.what}", mend) from error

@@ -11,6 +11,9 @@ from swtpm_prop.limits import CERTIFICATE_BYTES, JSON_DEPTH, JSON_VALUES
 T = TypeVar("T")
 Object = dict[str, Any]
 
+ANEW = "fetch it again; if it stays so, leave it out and ask its issuer for a new one"
+"""What to do about a certificate that is malformed."""
+
 
 def parse(data: bytes) -> Object:
     """The JSON object (RFC 8259) in ``data``.
@@ -21,10 +24,10 @@ def parse(data: bytes) -> Object:
         TrustError: ``trust.too-large``, ``trust.json``.
     """
     if len(data) > CERTIFICATE_BYTES:
-        raise TrustError("trust.too-large", f"it has {len(data)} bytes, allowed are {CERTIFICATE_BYTES}")
+        raise TrustError("trust.too-large", f"it has {len(data)} bytes, allowed are {CERTIFICATE_BYTES}", ANEW)
     # Before it is parsed: each value takes up to a hundred times its bytes in memory. Commas in strings count too.
     if sum(map(data.count, (b"{", b"[", b","))) > JSON_VALUES:
-        raise TrustError("trust.too-large", f"it has more than {JSON_VALUES} values")
+        raise TrustError("trust.too-large", f"it has more than {JSON_VALUES} values", ANEW)
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
     except RecursionError:
@@ -46,7 +49,7 @@ def member(of: Object, name: str, kind: type[T]) -> T:
     value = of.get(name)
     if not isinstance(value, kind):
         found = "is missing" if name not in of else f"is no {_KINDS[kind]}"
-        raise TrustError("trust.field", f"its field '{name}' {found}")
+        raise TrustError("trust.field", f"its field '{name}' {found}", ANEW)
     return value
 
 
@@ -58,7 +61,7 @@ def strings(of: Object, name: str) -> list[str]:
     """
     values = member(of, name, list)
     if not all(isinstance(value, str) for value in values):
-        raise TrustError("trust.field", f"its field '{name}' holds something else than strings")
+        raise TrustError("trust.field", f"its field '{name}' holds something else than strings", ANEW)
     return values
 
 
@@ -88,4 +91,4 @@ def _check_depth(root: Object) -> None:
 
 
 def _refused(why: str) -> TrustError:
-    return TrustError("trust.json", why)
+    return TrustError("trust.json", why, ANEW)

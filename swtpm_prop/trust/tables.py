@@ -105,7 +105,9 @@ def _stage(db: sqlite3.Connection, certificates: Iterable[Certificate], report: 
         known = db.execute(_KNOWN, (at, at)).fetchone()
         if known is not None and known[0] != certificate.id:
             raise StoreError(
-                "store.collision", f"certificates {known[0]} and {certificate.id} begin with the same bits"
+                "store.collision",
+                f"certificates {known[0]} and {certificate.id} begin with the same bits",
+                "issue one of them anew: it gets another serial, and so another id",
             )
         if known is not None:
             continue

@@ -96,13 +96,13 @@ def test_an_expired_certificate_is_indexed_with_its_end_so_that_guests_say_so(he
 def test_build_is_all_or_nothing_and_names_every_bad_certificate(here: Path) -> None:
     certificates = here / "certificates"
     certificates.mkdir()
-    (certificates / "a").write_bytes(issue(begins=0, ends=4_000_000_000))
+    (certificates / "a.json").write_bytes(issue(begins=0, ends=4_000_000_000))
     assert build("certificates").exit_code == 0
     before = (here / "index.sqlite").read_bytes()
-    (certificates / "b\x1b[31m").write_bytes(issue(signers=(P256,)))
-    (certificates / "c").write_bytes(issue(properties=("https://example.net/x",)))
-    (certificates / "d").write_bytes(b"nonsense")
-    (certificates / ".hidden").write_bytes(b"left by an editor")
+    (certificates / "b\x1b[31m.json").write_bytes(issue(signers=(P256,)))
+    (certificates / "c.json").write_bytes(issue(properties=("https://example.net/x",)))
+    (certificates / "d.json").write_bytes(b"nonsense")
+    (certificates / ".hidden.json").write_bytes(b"left by an editor")
     refused = build("certificates")
     assert error(refused).id == "trust.refused"
     for id in ("trust.signature", "trust.prefix", "trust.json"):
@@ -110,6 +110,17 @@ def test_build_is_all_or_nothing_and_names_every_bad_certificate(here: Path) -> 
     assert "\x1b[31mb" not in refused.stderr
     assert (here / "index.sqlite").read_bytes() == before
     assert names(here) == ["certificates", "index.sqlite", "kernel", "key.pem", "trust.toml"]
+
+
+def test_of_a_directory_only_json_files_are_taken(here: Path) -> None:
+    certificates = here / "certificates"
+    certificates.mkdir()
+    (certificates / "README").write_text("whose these are")
+    (certificates / "old.json").mkdir()
+    # Nothing to build from is not an index that certifies nothing.
+    assert error(build("certificates")).id == "store.no-expiry"
+    (certificates / "a.json").write_bytes(issue(begins=0, ends=4_000_000_000))
+    assert json.loads(build("certificates", "--json").stdout)["certificates"] == 1
 
 
 def test_revoking_is_building_without_it(here: Path) -> None:
