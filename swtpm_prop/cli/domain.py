@@ -14,8 +14,10 @@ from swtpm_prop.cli import explain, output, property_log
 from swtpm_prop.domain import log
 from swtpm_prop.domain.causes import causes
 from swtpm_prop.domain.identity import identify
+from swtpm_prop.domain.log import Standing
 from swtpm_prop.domain.metadata import NAMESPACE, PREFIX, Vtpm, fit, parse_domain, to_xml
 from swtpm_prop.domain.pcrs import DEFAULT, format_pcrs, parse_pcrs
+from swtpm_prop.domain.processes import has_layer
 from swtpm_prop.errors import DomainError, printable
 from swtpm_prop.layout import Layout
 from swtpm_prop.tpm.algorithms import BY_NAME, STRONG
@@ -190,15 +192,25 @@ def _bank_for_programs(bank: Bank) -> dict[str, Any]:
 def status(
     ctx: click.Context, name: str, uri: str, as_json: bool, event_log: tuple[Path, ...], ima_log: tuple[Path, ...]
 ) -> None:
-    """Show the state of each translated PCR of the guest NAME, and what broke it; exit status 1 if one is broken."""
+    """Show the state of each translated PCR of the guest NAME, and what broke it.
+
+    Exit status 1 if one is broken, or if the guest runs without its layer: then nothing is known of its PCRs.
+    """
     guest = _here(name, uri)
     known = explain.known(event_log, ima_log)
-    records = list(log.read(_layout(ctx).guest_log(guest.uuid)))
+    path = _layout(ctx).guest_log(guest.uuid)
+    records = list(log.read(path))
     standing = log.fold(records)
     found = causes(records, known)
-    running = bool(guest.domain.isActive())
+    layer = _has_layer(path)
+    running = _runs(guest)
+    if running and not layer:
+        bare = _without_layer()
+        if not as_json:
+            raise bare
+        standing, found = Standing({}, bare.line()), []
     if as_json:
-        about = {"name": name, "uuid": guest.uuid, "running": running}
+        about = {"name": name, "uuid": guest.uuid, "running": running, "layer": layer}
         output.print_json({**about, **standing._asdict(), "causes": [cause._asdict() for cause in found]})
     else:
         if not running:
@@ -207,6 +219,31 @@ def status(
         property_log.print_causes(found)
     if standing.broken():
         ctx.exit(1)
+
+
+def _runs(guest: Guest) -> bool:
+    """Whether the guest has a TPM by now: libvirt calls it active before it starts swtpm."""
+    try:
+        starting = guest.domain.state() == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP]
+        return bool(guest.domain.isActive()) and not starting
+    except libvirt.libvirtError as error:
+        raise _libvirt_failed(error) from error
+
+
+def _has_layer(path: Path) -> bool:
+    try:
+        return has_layer(path)
+    except PermissionError as error:
+        what = f"it cannot be told whether the guest's TPM has its layer, {error}"
+        raise DomainError("domain.layer-unknown", what, "be root") from error
+
+
+def _without_layer() -> DomainError:
+    return DomainError(
+        "domain.without-layer",
+        "the guest runs without its layer: nothing is known of its PCRs, and its log is that of an earlier run",
+        "shut it down and start it again; if it stays so, swtpm-prop doctor says why",
+    )
 
 
 @command.command("log")

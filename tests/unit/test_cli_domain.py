@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -222,6 +224,37 @@ def test_status_after_the_layer_gave_up(layout: Layout) -> None:
     shown = call("status", "g", layout=layout)
     assert shown.exit_code == 1
     assert "layer.bank-inactive" in shown.stdout
+
+
+@contextmanager
+def swtpm(directory: Path, log: Path) -> Iterator[None]:
+    """A process of that name that has the log open, which is what a layer does."""
+    program = directory / "swtpm"
+    program.symlink_to("/usr/bin/sleep")
+    with log.open("a") as file, subprocess.Popen([program, "60"], pass_fds=[file.fileno()]) as running:
+        try:
+            yield
+        finally:
+            running.kill()
+
+
+def test_a_guest_that_runs_without_its_layer_has_no_states(
+    layout: Layout, guest: libvirt.virDomain, tmp_path: Path
+) -> None:
+    guest.create()
+    error = call("status", "g", layout=layout).exception
+    assert isinstance(error, DomainError)
+    assert error.id == "domain.without-layer"
+    bare = call("status", "g", "--json", layout=layout)
+    said = json.loads(bare.stdout)
+    assert (bare.exit_code, said["running"], said["layer"], said["states"]) == (1, True, False, {})
+    assert "[domain.without-layer]" in said["failure"]
+    with swtpm(tmp_path, layout.guest_log(UUID)):
+        layered = call("status", "g", "--json", layout=layout)
+        said = json.loads(layered.stdout)
+        assert (layered.exit_code, said["layer"], said["failure"]) == (0, True, "")
+        assert said["states"] == {"sha384": {"0": "held", "4": "unmeasured"}}
+    assert not json.loads(call("status", "g", "--json", layout=layout).stdout)["layer"]
 
 
 def test_log_says_what_each_state_rests_on(layout: Layout) -> None:

@@ -371,12 +371,12 @@ def test_selinux_label(root: Path) -> None:
 
 # -- guests -------------------------------------------------------------------------------------
 @contextmanager
-def running_swtpm(directory: Path) -> Iterator[None]:
-    """A real swtpm for the guest, as libvirt runs it, in a state directory of its own."""
+def running_swtpm(directory: Path, log: Path) -> Iterator[None]:
+    """A real swtpm for the guest, as libvirt runs it, in a state directory of its own; it has ``log`` open."""
     state, control = directory / UUID / "tpm2", directory / "control"
     state.mkdir(parents=True)
     arguments = ["--tpm2", "--tpmstate", f"dir={state},mode=0600", "--ctrl", f"type=unixio,path={control},mode=0600"]
-    with subprocess.Popen(["swtpm", "socket", *arguments]) as running:
+    with log.open("a") as file, subprocess.Popen(["swtpm", "socket", *arguments], pass_fds=[file.fileno()]) as running:
         try:
             while not control.exists():
                 time.sleep(0.01)
@@ -392,8 +392,12 @@ def test_guests_that_run_without_the_layer_or_were_not_cleaned_up(root: Path, tm
     assert found(guests.guests(patient(root, live=True))) == {"guests.layer": State.OK}
     layout.guest_run(UUID).mkdir()
     assert found(guests.guests(patient(root, live=True)))["guests.left-over"] is State.WARNING
-    with running_swtpm(tmp_path):
+    layout.logs.mkdir(parents=True, exist_ok=True)
+    with running_swtpm(tmp_path, layout.guest_log(UUID)):
         assert found(guests.guests(patient(root, live=True))) == {"guests.layer": State.OK}
+        layout.guest_log(UUID).rename(tmp_path / "of another start")
+        assert found(guests.guests(patient(root, live=True))) == {"guests.without-layer": State.PROBLEM}
+        (tmp_path / "of another start").rename(layout.guest_log(UUID))
         layout.guest_run(UUID).rmdir()
         assert found(guests.guests(patient(root, live=True))) == {"guests.without-layer": State.PROBLEM}
 

@@ -40,8 +40,8 @@ def mendless(tree: ast.AST) -> list[int]:
             lines += [node.lineno] * is_empty(node.value)
         elif isinstance(node, ast.FunctionDef):
             positional = node.args.posonlyargs + node.args.args
-            defaults = list(zip(reversed(positional), reversed(node.args.defaults), strict=False))
-            defaults += zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+            defaults = [*zip(reversed(positional), reversed(node.args.defaults), strict=False)]
+            defaults += [(a, v) for a, v in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if v]
             lines += [node.lineno for argument, value in defaults if argument.arg == "mend" and is_empty(value)]
     return lines
 
