@@ -144,6 +144,9 @@ LOG_LINE_BYTES = 65536
 ACTIVATION_SECONDS = 30
 """Longest that swtpm_setup may take to activate a bank; it takes 0.6 s, and never ends on a damaged state."""
 
+ACTIVATION_LOG_BYTES = 4096
+"""What is read of the end of swtpm_setup's log, which its user can fill; a failed activation writes 600 bytes."""
+
 # -- this host ----------------------------------------------------------------------------------
 DOCTOR_SECONDS = 20
 """Longest a program that the doctor tries may take; each ends within half a second on a healthy host."""

@@ -7,11 +7,12 @@ import signal
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import IO
 
 from swtpm_prop.account import Account
 from swtpm_prop.errors import HostError
 from swtpm_prop.layout import Layout
-from swtpm_prop.limits import ACTIVATION_SECONDS
+from swtpm_prop.limits import ACTIVATION_LOG_BYTES, ACTIVATION_SECONDS
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """Where libvirt's packages and swtpm's are, if the daemon has no PATH."""
@@ -36,7 +37,7 @@ def activate(state: Path, banks: str, account: Account, layout: Layout) -> None:
         except OSError as error:
             raise _failed(f"cannot be run, {error}") from error
         if status != 0:
-            said = log.read().decode(errors="replace").splitlines()
+            said = _end(log.file).decode(errors="replace").splitlines()
             ended = "did not end" if status is None else f"ended with status {status}"
             raise _failed(f"{ended}, {' / '.join(said[-4:])}")
 
@@ -63,6 +64,11 @@ def _run(command: list[str], path: str, account: Account) -> int | None:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             return None
+
+
+def _end(log: IO[bytes]) -> bytes:
+    log.seek(max(0, log.seek(0, os.SEEK_END) - ACTIVATION_LOG_BYTES))
+    return log.read(ACTIVATION_LOG_BYTES)
 
 
 def _failed(what: str) -> HostError:

@@ -20,6 +20,7 @@ from swtpm_prop.errors import HostError
 from swtpm_prop.hook import activate
 from swtpm_prop.hook.operations import OPERATIONS, run
 from swtpm_prop.layout import Layout
+from swtpm_prop.limits import ACTIVATION_LOG_BYTES
 from swtpm_prop.trust.build import build
 
 UUID = "aaaaaaaa-0000-4000-8000-000000000001"
@@ -329,3 +330,18 @@ def test_a_state_that_cannot_be_activated_refuses_the_start(
     assert "Could not initialize libtpms" in said
     assert said.count("\n") == 1
     assert left(host) == set()
+
+
+@pytest.mark.root
+def test_of_what_swtpm_setup_says_only_the_end_is_read(
+    host: Layout, tpm: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its user owns the log, and must not be able to fill root's memory with it."""
+    setup = tpm.parents[3] / "swtpm_setup"
+    setup.write_text('#!/bin/sh\nfor log; do :; done\ntruncate -s 100G "$log"; echo "the reason" >> "$log"; exit 1\n')
+    setup.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{host.libexec}:{setup.parent}:{os.defpath}")
+    assert prepare(host, domain()) == 1
+    said = capsys.readouterr().err
+    assert "the reason" in said
+    assert len(said) < 5 * ACTIVATION_LOG_BYTES
