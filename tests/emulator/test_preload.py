@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 import swtpm_prop
+from swtpm_prop.domain.processes import has_layer
 from swtpm_prop.emulator import shims
 from swtpm_prop.tpm.algorithms import ALGORITHMS, SHA256, SHA384, Digest
 from swtpm_prop.tpm.commands import build_pcr_extend, response_code
@@ -98,6 +99,20 @@ def test_measurements_are_judged_and_logged(host: LayerHost, new_base: NewBase) 
     assert [content["state"] for content in contents[1:]] == [HELD, HELD, BROKEN]
     assert [content["certified"] for content in contents[1:]] == [True, True, False]
     assert contents[3]["reason"] == "unknown"
+
+
+def test_a_layer_is_seen_from_outside_while_it_is_there(host: LayerHost, new_base: NewBase) -> None:
+    """``domain status`` and ``doctor`` rest on it."""
+    host.opt_in()
+    log = host.layout.guest_log(UUID)
+    assert not has_layer(log)
+    with host.tpm(new_base("tpm")) as tpm:
+        tpm.up()
+        assert has_layer(log)
+        log.rename(log.with_suffix(".1"))
+        log.touch()
+        assert not has_layer(log)
+    assert not has_layer(log.with_suffix(".1"))
 
 
 def test_reset_and_restore_are_logged_and_need_no_state_of_ours(host: LayerHost, new_base: NewBase) -> None:
