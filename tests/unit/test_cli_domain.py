@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -233,6 +234,9 @@ def swtpm(directory: Path, log: Path) -> Iterator[None]:
     program.symlink_to("/usr/bin/sleep")
     with log.open("a") as file, subprocess.Popen([program, "60"], pass_fds=[file.fileno()]) as running:
         try:
+            # The kernel names a process a moment after it has told Popen that the program runs.
+            while Path(f"/proc/{running.pid}/comm").read_text() != "swtpm\n":
+                time.sleep(0.001)
             yield
         finally:
             running.kill()
