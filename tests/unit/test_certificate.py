@@ -10,7 +10,7 @@ from typing import Any
 
 import certifier
 import pytest
-from certifier import BOOT, ED25519, NOW, P256, issue, signed, statement, subject, trust
+from certifier import BOOT, ED25519, NOW, P256, issue, signed, statement, subject, trust, trust_text
 from cryptography.hazmat.primitives.asymmetric import ec
 from google.protobuf import json_format
 from in_toto_attestation.v1.statement import Statement
@@ -19,7 +19,7 @@ from jsonschema import Draft202012Validator
 
 from swtpm_prop.errors import TrustError
 from swtpm_prop.limits import ANNOTATION_CHARS, ANNOTATIONS, CERTIFICATE_PROPERTIES
-from swtpm_prop.trust import certificate, dsse
+from swtpm_prop.trust import certificate, dsse, issuers
 from swtpm_prop.trust.certificate import read, verify
 from swtpm_prop.trust.sources import Subject
 
@@ -277,3 +277,29 @@ def test_other_curves_are_no_keys_of_ours() -> None:
     with pytest.raises(TrustError) as refused:
         trust(ec.derive_private_key(77, ec.SECP384R1()))
     assert refused.value.id == "trust.key"
+
+
+def test_two_issuers_do_not_speak_for_each_other() -> None:
+    """Neither under the prefix of the other nor in its name, though a host trusts both."""
+    other, elsewhere = "https://example.org/issuers/other", "https://example.org/elsewhere"
+    second = trust_text(P256, prefix=elsewhere).replace(certifier.ISSUER, other)
+    both = issuers.parse((trust_text(ED25519) + second).encode(), Path())
+    own = issue(subject(b"kernel"))
+    verify(own, both, NOW)
+    verify(renamed(own, other, elsewhere, P256), both, NOW)
+    for forged, id in (
+        (issue(subject(b"kernel"), properties=(elsewhere,)), "trust.prefix"),
+        (issue(subject(b"kernel"), properties=(elsewhere,), signers=(ED25519, P256)), "trust.prefix"),
+        (renamed(own, other, elsewhere, ED25519), "trust.signature"),
+        (renamed(own, other, BOOT, P256), "trust.prefix"),
+    ):
+        with pytest.raises(TrustError) as refused:
+            verify(forged, both, NOW)
+        assert refused.value.id == id
+
+
+def renamed(data: bytes, issuer: str, uri: str, key: Any) -> bytes:
+    """The same statement in the name of another issuer, for another property, signed by this key."""
+    said = statement(data)
+    said["predicate"].update(verifier={"id": issuer}, properties=[uri])
+    return dsse.sign(certificate.PAYLOAD_TYPE, json.dumps(said).encode(), [key])

@@ -11,7 +11,9 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from certifier import BOOT, ED25519, P256, subject, trust_text
 from click.testing import CliRunner
 from storekeeper import Follower, Keeper, certificate, interrupt, kill, no_space, quiet
 from tuf.api.metadata import TargetFile
+from tuf.ngclient._internal import trusted_metadata_set
 
 from swtpm_prop.cli.store import command
 from swtpm_prop.errors import Error
@@ -211,6 +214,31 @@ def test_clock_that_goes_backwards(keeper: Keeper, host: Follower) -> None:
     before.rename(keeper.public)
     assert refused(host) == "store.rollback"
     assert host.certified(OLD) == []
+
+
+def test_a_host_whose_clock_is_wrong_for_a_while(
+    keeper: Keeper, host: Follower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ahead, it refuses what is good; set back, it takes nothing older than it has seen, expired or not."""
+    before = keeper.directory / "before"
+    shutil.copytree(keeper.public, before)
+    set_clock(monkeypatch, timedelta(days=4))
+    assert refused(host) == "store.expired"
+    set_clock(monkeypatch, timedelta())
+    replace(keeper)
+    host.sync()
+    shutil.rmtree(keeper.public)
+    before.rename(keeper.public)
+    for ago in (1, 4, 400):
+        set_clock(monkeypatch, timedelta(days=-ago))
+        assert refused(host) == "store.rollback"
+    assert host.certified(OLD, NEW) == [NEW]
+
+
+def set_clock(monkeypatch: pytest.MonkeyPatch, by: timedelta) -> None:
+    """Set the clock by which the TUF client sees what has expired, by so much from the right time."""
+    clock = SimpleNamespace(now=lambda zone: datetime.now(zone) + by)
+    monkeypatch.setattr(trusted_metadata_set, "datetime", SimpleNamespace(datetime=clock, timezone=timezone))
 
 
 def test_rollback_of_the_snapshot_by_who_has_the_online_key(keeper: Keeper, host: Follower) -> None:
