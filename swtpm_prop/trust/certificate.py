@@ -190,7 +190,8 @@ def _statement(claim: Claim, created: int, serial: str) -> Object:
         "subject": [_descriptor(subject) for subject in claim.subjects],
         "predicateType": PREDICATE_TYPE,
         "predicate": {
-            "verifier": {"id": claim.issuer},
+            # Version 0.2 asks for the list; an empty one says that no policy outside the statement can be named.
+            "verifier": {"id": claim.issuer, "policies": []},
             "timeCreated": format_time(created),
             "properties": list(claim.properties),
             "validity": {"notBefore": format_time(claim.not_before), "notAfter": format_time(claim.not_after)},
@@ -231,7 +232,9 @@ def _typed(payload: bytes) -> Object:
 
 
 def _issuer(statement: Object) -> str:
-    name = member(member(member(statement, "predicate", dict), "verifier", dict), "id", str)
+    verifier = member(member(statement, "predicate", dict), "verifier", dict)
+    member(verifier, "policies", list)
+    name = member(verifier, "id", str)
     check_property(name)
     return name
 

@@ -80,6 +80,12 @@ def test_what_is_issued_is_a_statement_to_the_reference_implementation() -> None
     assert [dict(each.digest).keys() for each in message.subject] == [{"sha256", "sha384", "sha512"}, {"sha512"}]
     assert message.subject[1].annotations["component"] == "linux"
     assert message.predicate_type == "https://in-toto.io/attestation/svr/v0.2"
+    # The predicate's own definition is prose (in-toto/attestation, spec/predicates/svr.md): required fields and types.
+    predicate = json_format.MessageToDict(message.predicate)
+    assert isinstance(predicate["verifier"]["id"], str)
+    assert predicate["verifier"]["policies"] == []
+    assert isinstance(predicate["timeCreated"], str)
+    assert all(isinstance(each, str) for each in predicate["properties"])
 
 
 def edit(**to: Any) -> Change:
@@ -114,9 +120,11 @@ FORGERIES = [
     (edit(_type=1), "trust.field"),
     (edit(predicateType="https://in-toto.io/attestation/svr/v0.1"), "trust.predicate-type"),
     (edit(predicate=[]), "trust.field"),
-    (edit_predicate(verifier={"id": "https://example.org/issuers/other"}), "trust.issuer-unknown"),
-    (edit_predicate(verifier={"id": "https://EXAMPLE.org/issuers/debian"}), "trust.uri"),
+    (edit_predicate(verifier={"id": "https://example.org/issuers/other", "policies": []}), "trust.issuer-unknown"),
+    (edit_predicate(verifier={"id": "https://EXAMPLE.org/issuers/debian", "policies": []}), "trust.uri"),
     (edit_predicate(verifier={}), "trust.field"),
+    (edit_predicate(verifier={"id": certifier.ISSUER}), "trust.field"),
+    (edit_predicate(verifier={"id": certifier.ISSUER, "policies": {}}), "trust.field"),
     (edit_predicate(properties=["https://example.org/elsewhere"]), "trust.prefix"),
     (edit_predicate(properties=["https://example.org/propertiesx"]), "trust.prefix"),
     (edit_predicate(properties=["https://example.org/properties?x"]), "trust.prefix"),
@@ -301,5 +309,5 @@ def test_two_issuers_do_not_speak_for_each_other() -> None:
 def renamed(data: bytes, issuer: str, uri: str, key: Any) -> bytes:
     """The same statement in the name of another issuer, for another property, signed by this key."""
     said = statement(data)
-    said["predicate"].update(verifier={"id": issuer}, properties=[uri])
+    said["predicate"].update(verifier={"id": issuer, "policies": []}, properties=[uri])
     return dsse.sign(certificate.PAYLOAD_TYPE, json.dumps(said).encode(), [key])
