@@ -326,6 +326,15 @@ def test_the_boot_aggregate_is_recognised_by_recomputing_it() -> None:
         assert state_of(model, 10, bank) == wanted, name
 
 
+def test_a_violation_breaks_imas_pcr(model: ModelTpm) -> None:
+    """IMA extends all ones where a file was written while it was read (security/integrity/ima, 6.1)."""
+    bank = BANK._replace(pcrs=frozenset({10}))
+    violation = tuple(Digest(a, b"\xff" * a.size) for a in (SHA1, SHA256, SHA384))
+    run(model, extend(10, (Digest(SHA256, _aggregate_after_a_boot(bank, model)),)), bank)
+    assert state_of(model, 10, bank) == HELD
+    assert run(model, extend(10, violation), bank) == [BROKEN]
+
+
 def test_a_boot_aggregate_of_another_boot_or_another_pcr_breaks(model: ModelTpm) -> None:
     bank = BANK._replace(pcrs=frozenset({4, 10}))
     expected = Digest(SHA256, _aggregate_after_a_boot(bank, model))
