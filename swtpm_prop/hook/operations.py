@@ -77,5 +77,5 @@ def run(argv: Sequence[str], xml: bytes, layout: Layout) -> int:
 
 
 def say(line: str) -> None:
-    """One line on standard error: libvirt shows it to the user if the hook refuses, else logs it."""
+    """One line on standard error: libvirt shows it to the user if the hook refuses, else only its debug log has it."""
     print(f"swtpm-prop: {printable(line)}", file=sys.stderr)

@@ -66,13 +66,19 @@ def _look_at_index(layout: Layout) -> None:
     if index.expires >= time.time():
         return
     # Imported here because it is seldom needed, and tomllib costs a tenth of this call.
+    import syslog
+
     from swtpm_prop import host_config
 
     what = "the certificate index has expired"
     mend = "run swtpm-prop store sync, or store build, with what is current"
     if host_config.load(layout.host).stale == "refuse":
         raise StoreError("store.stale", f"{what}, and this host's configuration refuses to start guests then", mend)
-    print(f"swtpm-prop: {what}, nothing will be certified [store.stale]: {mend}", file=sys.stderr)
+    # Of a hook that succeeds libvirt keeps standard error for its debug log, so the system's log is told too.
+    warning = f"{what}, nothing will be certified [store.stale]: {mend}"
+    print(f"swtpm-prop: {warning}", file=sys.stderr)
+    syslog.openlog("swtpm-prop", 0, syslog.LOG_DAEMON)
+    syslog.syslog(syslog.LOG_WARNING, warning)
 
 
 def _write(uuid: str, banks: str, layer: bytes, account: Account, layout: Layout) -> None:

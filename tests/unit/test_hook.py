@@ -10,6 +10,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import syslog
 from pathlib import Path
 
 import pytest
@@ -172,10 +173,19 @@ def test_a_libvirt_that_would_start_another_swtpm_refuses_the_start(
     assert left(host) == set()
 
 
-def test_an_expired_index_only_warns(host: Layout, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_expired_index_only_warns(
+    host: Layout, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[tuple[int, str]] = []
+    monkeypatch.setattr(syslog, "syslog", lambda priority, line: logged.append((priority, line)))
+    assert prepare(host, domain()) == 0
+    assert logged == []
     build(host.index, (), 1, lambda *_: None)
     assert prepare(host, domain()) == 0
     assert "nothing will be certified [store.stale]" in capsys.readouterr().err
+    ((priority, line),) = logged
+    assert priority == syslog.LOG_WARNING
+    assert "nothing will be certified [store.stale]" in line
 
 
 @pytest.mark.parametrize(("config", "id"), [('"refuse"', "store.stale"), ('"refuze"', "host.config")])
