@@ -153,6 +153,12 @@ def build(*words: str) -> None:
     assert run(store.command, "build", "--trust", "trust.toml", "--output", "index", *words).exit_code == 0
 
 
+def build_anything() -> None:
+    now = int(time.time())
+    Path("anything").write_bytes(issue(begins=now - 10, ends=now + 1000))
+    build("anything")
+
+
 def test_only_what_no_certificate_covers_is_certified_after_a_look_at_it(here: Path) -> None:
     assert issue_for("--event-log", EVENT_LOG, to="all").exit_code == 0
     whole = certificate.read((here / "all").read_bytes()).subjects
@@ -174,6 +180,22 @@ def test_only_what_no_certificate_covers_is_certified_after_a_look_at_it(here: P
     assert (nothing.exit_code, (here / "none").exists()) == (0, False)
     assert issue_for(*asked, "--property", BOOT + "/other", "--yes", to="other").exit_code == 0
     assert len(certificate_digests(here / "other")) == len(whole)
+
+
+def test_who_is_asked_sees_names_to_their_end(here: Path) -> None:
+    end = "init=sh"
+    long = Path("d" * 150, "e" * 149, end)
+    assert str(long).index(end) > 300
+    long.parent.mkdir(parents=True)
+    long.write_bytes(b"thing")
+    build_anything()
+    asked = issue_for("--file", long, "--only-uncovered", "--index", "index", typed="y\n")
+    assert asked.exit_code == 0, asked.output
+    listed, question, shown = asked.output.partition("Certify all of these?")
+    assert question
+    assert end in listed
+    assert end not in shown
+    assert "ee…\n" in shown
 
 
 def property_log(path: Path) -> list[eventlog.Event]:
