@@ -163,6 +163,18 @@ def _report(doing: str, _done: int) -> None:
 
 # -- asking -------------------------------------------------------------------------------------
 
+_MENDS = {
+    "unknown": "have it certified, or bring the index up to date with store sync or store build",
+    "mismatch": "that certificate is wrong about this file: have it revoked and a new one issued",
+    "property": "have it certified for that property too, or ask for one that the certificates below name",
+    "expired": "have it certified anew; if that is done, fetch the new certificate with store sync or store build",
+    "not-yet-valid": "wait until then; if this moment is past, set the clock of this host",
+    "stale-index": "bring the index up to date with store sync or store build; until then guests believe none of it",
+    "weak": "ask for its SHA-256, SHA-384 or SHA-512",
+    "no-index": "make the index anew with store sync or store build",
+}
+"""What mends each refusal (`translate.verdict.Verdict`); ``ambiguous`` comes only of a TPM command."""
+
 
 def _measurements(what: str) -> list[tuple[str, Mapping[str, bytes]]]:
     """What the argument may stand for: a digest, or a file under each way to measure it."""
@@ -223,7 +235,7 @@ def _print_answer(answer: Mapping[str, Any]) -> None:
             Error(
                 answer["reason"],
                 f"{answer['measured']}: not certified, {answer['detail']}",
-                "have it certified, or bring the index up to date with store sync or store build",
+                _MENDS[answer["reason"]],
             ).line()
         )
     if answer["certificates"]:

@@ -84,6 +84,33 @@ def test_lookup_says_why_not(here: Path) -> None:
     assert error(run(store.command, "lookup", "kernel", "--index", "none")).id == "store.index-missing"
 
 
+def test_lookup_advises_by_the_reason(here: Path) -> None:
+    def line(*more: str) -> str:
+        return run(store.command, "lookup", "kernel", "--index", "index.sqlite", *more).output.splitlines()[0]
+
+    now = int(time.time())
+    kernel = subject(b"kernel")
+    mixed = kernel._replace(digests={**kernel.digests, "sha512": bytes(range(64))})
+    advice = {}
+    for reason, data, expires in (
+        ("unknown", issue(subject(b"other"), begins=now - 9, ends=now + 99), "2099-01-01T00:00:00Z"),
+        ("mismatch", issue(mixed, begins=now - 9, ends=now + 99), "2099-01-01T00:00:00Z"),
+        ("expired", issue(kernel, begins=now - 9, ends=now - 5), "2099-01-01T00:00:00Z"),
+        ("not-yet-valid", issue(kernel, begins=now + 50, ends=now + 99), "2099-01-01T00:00:00Z"),
+        ("stale-index", issue(kernel, begins=now - 9, ends=now + 99), "2020-01-01T00:00:00Z"),
+    ):
+        (here / "c.dsse").write_bytes(data)
+        assert build("c.dsse", "--expires", expires).exit_code == 0
+        what, reason_found, advice[reason] = line().partition(f"[{reason}]: ")
+        assert reason_found, what
+    assert "have it certified" not in advice["stale-index"]
+    assert "store sync or store build" in advice["stale-index"]
+    build("c.dsse")
+    advice["property"] = line("--property", BOOT + "/more").partition("[property]: ")[2]
+    assert all(advice.values())
+    assert len(set(advice.values())) == len(advice)
+
+
 def test_an_expired_certificate_is_indexed_with_its_end_so_that_guests_say_so(here: Path) -> None:
     issue_for("--file", "kernel", "--not-before", "2020-01-01T00:00:00Z", "--not-after", "2020-02-01T00:00:00Z")
     assert error(run(cert.command, "verify", "c.dsse", "--trust", "trust.toml")).id == "trust.expired"
