@@ -11,14 +11,16 @@ from typing import Any
 import click
 
 from swtpm_prop.cli import cert_text, explain, output
-from swtpm_prop.domain import causes
+from swtpm_prop.domain import causes, log
 from swtpm_prop.errors import UsageError, printable
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import EVENT_LOG_BYTES, IMA_LOG_BYTES, KEY_BYTES
+from swtpm_prop.translate import record
 from swtpm_prop.trust import certificate, dpkg, keys, packages, sources
 from swtpm_prop.trust.certificate import Certificate, Claim, parse_time
 from swtpm_prop.trust.files import read_file, write_file
 from swtpm_prop.trust.index import Index
+from swtpm_prop.trust.measurements import Known
 from swtpm_prop.trust.sources import COMPONENT, PACKAGE, VERSION, Subject
 from swtpm_prop.trust.version import sort_key
 
@@ -82,11 +84,12 @@ def command(
     now = int(time.time())
     first, last = _window(now, not_before, not_after, valid_days)
     subjects = _annotated(_subjects(_tasks(given)), component)
+    found = len(subjects)
     if only_uncovered:
         subjects = _uncovered(subjects, index, properties, now)
     if only_uncovered or given["from_log"]:
         if not subjects:
-            cert_text.print_nothing(as_json)
+            cert_text.print_nothing(found, _beyond_certificates(given["from_log"]), as_json)
             return
         _confirm(subjects, yes, as_json)
     signers = [_signer(path, passphrase_file) for path in key_files]
@@ -183,6 +186,17 @@ def _uncovered(subjects: Iterable[Subject], path: Path, properties: Sequence[str
         return [subject for subject in subjects if not index.judge(properties, subject.digests, now).certified]
     finally:
         index.close()
+
+
+def _beyond_certificates(logs: Iterable[Path]) -> int:
+    """How many measurements of property logs were refused for what no certificate mends."""
+    refused = mendable = 0
+    for path in logs:
+        contents = [line["content"] for line in log.read(path)]
+        measured = (content for content in contents if content.get("event") == record.MEASUREMENT)
+        refused += sum(not content.get("certified") for content in measured)
+        mendable += sum(1 for _ in causes.uncertified(path, Known(())))
+    return max(refused - mendable, 0)  # a guest that runs may have written between the two
 
 
 def _confirm(subjects: Sequence[Subject], yes: bool, as_json: bool) -> None:

@@ -60,12 +60,23 @@ def print_subjects(subjects: Iterable[Subject]) -> None:
     output.table(_HEADERS, [_row(subject) for subject in subjects])
 
 
-def print_nothing(as_json: bool) -> None:
-    """Nothing is left to certify, so nothing was written."""
+def print_nothing(covered: int, hopeless: int, as_json: bool) -> None:
+    """Nothing is left to certify, so nothing was written.
+
+    Args:
+        covered: measurements that certificates cover already.
+        hopeless: measurements of property logs that no certificate mends.
+        as_json: print for programs.
+    """
+    why = f"uncertified measurements that no certificate mends (violations, padded digests): {hopeless}"
     if as_json:
         output.print_json(None)
-    else:
+    elif not hopeless:
         click.secho("certificates cover all of it already; nothing was written", fg="green")
+    elif covered:
+        click.secho(f"certificates cover all else already, nothing was written; {why}", fg="yellow")
+    else:
+        click.secho(f"nothing in it can be certified, nothing was written; {why}", fg="yellow")
 
 
 def for_programs(subject: Subject) -> dict[str, Any]:

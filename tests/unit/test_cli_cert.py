@@ -227,6 +227,32 @@ def test_a_property_log_is_a_source_of_what_was_not_certified(here: Path) -> Non
     assert all(name.startswith("EV_") for name in subjects())
 
 
+@pytest.mark.parametrize("value", [b"\xff" * 32, b"\1" * 20 + bytes(12)], ids=["violation", "padded"])
+def test_a_log_of_what_no_certificate_mends_is_not_called_covered(here: Path, value: bytes) -> None:
+    def log(*records: record.Record) -> None:
+        lines = [json.dumps(r.to_json(n, "2026-01-01T00:00:00Z")) + "\n" for n, r in enumerate(records)]
+        (here / "log").write_text("".join(lines))
+
+    def measured(value: bytes, verdict: Verdict) -> record.Record:
+        return record.measurement("PCR_Extend", 10, (Digest(SHA256, value),), "sha384", "broken", verdict)
+
+    unknown = Verdict(False, (), "unknown", "no certificate has these digests")
+    hopeless = measured(value, unknown)
+    held = measured(b"\2" * 32, Verdict(True, ("sha256:" + "00" * 32,)))
+    log(held, hopeless)
+    said = issue_for("--from-log", "log")
+    assert (said.exit_code, (here / "c").exists()) == (0, False)
+    assert "cover" not in said.output
+    assert "nothing in it can be certified" in said.output
+    log(held)
+    assert "cover all of it" in issue_for("--from-log", "log").output
+    log(hopeless, measured(digests_of(b"kernel")["sha256"], unknown))
+    build_anything()
+    both = issue_for("--from-log", "log", "--only-uncovered", "--index", "index")
+    assert "cover all else" in both.output
+    assert both.output.endswith("padded digests): 1\n")
+
+
 def certificate_digests(path: Path) -> list[dict[str, bytes]]:
     return [dict(subject.digests) for subject in certificate.read(path.read_bytes()).subjects]
 
