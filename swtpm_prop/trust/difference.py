@@ -1,8 +1,9 @@
-"""What two certificates speak of differently: two releases compared."""
+"""What two certificates, or two sets of them, speak of differently: two releases compared."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from swtpm_prop.trust.sources import COMPONENT, VERSION, Subject
@@ -27,6 +28,23 @@ class Change(NamedTuple):
     after: str
 
 
+class Component(NamedTuple):
+    """What differs of one component.
+
+    Attributes:
+        component: its name; empty for all that is of none.
+        before, after: its versions, of all its subjects; empty where it is not there or has none.
+        added, removed, changed: how many subjects; one that only got another version is none of them.
+    """
+
+    component: str
+    before: str
+    after: str
+    added: int
+    removed: int
+    changed: int
+
+
 def compare(before: Sequence[Subject], after: Sequence[Subject]) -> Iterator[Change]:
     """Every difference, in the order of component and name; several subjects of one identity are compared together."""
     old, new = _grouped(before), _grouped(after)
@@ -35,6 +53,25 @@ def compare(before: Sequence[Subject], after: Sequence[Subject]) -> Iterator[Cha
         kind = _kind(was, now)
         if kind:
             yield Change(kind, *identity, _versions(was), _versions(now))
+
+
+def components(before: Sequence[Subject], after: Sequence[Subject], changes: Iterable[Change]) -> list[Component]:
+    """What `compare` found between the two, by component, in the order of their names."""
+    kinds = Counter((change.component, change.kind) for change in changes)
+    old, new = _by_component(before), _by_component(after)
+
+    def row(name: str) -> Component:
+        counts = (kinds[name, kind] for kind in ("added", "removed", "changed"))
+        return Component(name, _versions(old.get(name, [])), _versions(new.get(name, [])), *counts)
+
+    return [row(name) for name in sorted({name for name, _ in kinds})]
+
+
+def _by_component(subjects: Sequence[Subject]) -> Mapping[str, list[Subject]]:
+    grouped: dict[str, list[Subject]] = {}
+    for subject in subjects:
+        grouped.setdefault(subject.annotations.get(COMPONENT, ""), []).append(subject)
+    return grouped
 
 
 def _grouped(subjects: Sequence[Subject]) -> Mapping[Identity, list[Subject]]:
@@ -57,4 +94,4 @@ def _digests(subjects: Sequence[Subject]) -> set[frozenset[tuple[str, bytes]]]:
 
 
 def _versions(subjects: Sequence[Subject]) -> str:
-    return " ".join(sorted({subject.annotations.get(VERSION, "") for subject in subjects}))
+    return " ".join(sorted({subject.annotations.get(VERSION, "") for subject in subjects} - {""}))

@@ -110,7 +110,8 @@ def test_diff(here: Path) -> None:
     assert (same.exit_code, same.output) == (0, "")
     differs = run(cert.command, "diff", "old", "new", "--json")
     assert differs.exit_code == 1
-    found = {(c["kind"], c["name"], c["before"], c["after"]) for c in json.loads(differs.stdout)}
+    said = json.loads(differs.stdout)
+    found = {(c["kind"], c["name"], c["before"], c["after"]) for c in said["subjects"]}
     assert found == {
         (kind, f"/usr/bin/{name} {template}", before, after)
         for template in ("ima-ng", "ima-sig")
@@ -121,9 +122,42 @@ def test_diff(here: Path) -> None:
             ("added", "more", "", "2.0"),
         )
     }
-    table = run(cert.command, "diff", "old", "new")
-    assert table.stdout.splitlines()[-1] == "2 added, 2 changed, 2 removed, 2 version"
+    (component,) = said["components"]
+    counts = {"added": 2, "removed": 2, "changed": 2}
+    assert component == {"component": "thing", "before": "1.0", "after": "2.0", **counts}
+    table = run(cert.command, "diff", "old", "new").stdout.splitlines()
+    assert [line.split() for line in table[1:]] == [["thing", "1.0", "2.0", "2", "2", "2"]]
+    every = run(cert.command, "diff", "old", "new", "--all")
+    assert every.exit_code == 1
+    assert every.stdout.splitlines()[: len(table)] == table
+    assert len(every.stdout.splitlines()) == len(table) + 2 + len(found)
     assert error(run(cert.command, "diff", "old", "trust.toml")).id == "trust.json"
+
+
+def test_diff_of_releases_in_directories(here: Path) -> None:
+    for release, versions in (("old", ("1.0", "3.0", "1.0")), ("new", ("1.1", "3.0", ""))):
+        debs = [
+            package(here, name, version, tool=(name + version).encode(), same=name.encode())
+            for name, version in zip(("one", "two", "gone"), versions, strict=True)
+            if version
+        ]
+        words = [word for deb in debs for word in ("--deb", deb)]
+        assert issue_for(*words, "--per-package", release, to=None).exit_code == 0
+        (here / release / "README").write_text("what this is")
+        (here / release / ".one.json").write_text("left by an editor")
+    differs = run(cert.command, "diff", "old", "new")
+    assert differs.exit_code == 1
+    assert [line.split() for line in differs.stdout.splitlines()[1:]] == [
+        ["gone", "1.0", "0", "4", "0"],
+        ["one", "1.0", "1.1", "0", "0", "2"],
+    ]
+    same = run(cert.command, "diff", "new", "new", "--json")
+    assert (same.exit_code, json.loads(same.stdout)) == (0, {"components": [], "subjects": []})
+    assert run(cert.command, "diff", "new/two_3.0.json", "new").exit_code == 1
+    (here / "empty").mkdir()
+    assert error(run(cert.command, "diff", "old", "empty")).id == "usage.no-certificate"
+    (here / "new/bad.json").write_text("nonsense")
+    assert "new/bad.json" in error(run(cert.command, "diff", "old", "new")).line()
 
 
 def test_diff_of_names_that_occur_twice_and_hostile_ones(here: Path) -> None:
@@ -132,7 +166,7 @@ def test_diff_of_names_that_occur_twice_and_hostile_ones(here: Path) -> None:
     (here / "b").write_bytes(issue(two, one))
     (here / "c").write_bytes(issue(one))
     assert run(cert.command, "diff", "a", "b").exit_code == 0
-    differs = run(cert.command, "diff", "a", "c")
+    differs = run(cert.command, "diff", "a", "c", "--all")
     assert differs.exit_code == 1
     assert "\x1b" not in differs.output
 
