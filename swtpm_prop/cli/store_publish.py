@@ -91,15 +91,15 @@ def add(directory: Path, certificates: tuple[Path, ...], as_json: bool) -> None:
 @click.command()
 @_store
 @click.argument("certificates", nargs=-1, metavar="[ID|FILE]...")
-@click.option("--component", metavar="NAME", help="Everything that speaks of this component only ...")
+@click.option("--component", metavar="NAME", help="Everything that speaks of this component ...")
 @click.option("--below", metavar="VERSION", help="... in versions below this one.")
 @output.json_option
 def revoke(
     directory: Path, certificates: tuple[str, ...], component: str | None, below: str | None, as_json: bool
 ) -> None:
-    """Take certificates out of the next publication for good: they cannot be added again.
+    """Take certificates out of the next publication for good: neither they nor what they cover can be added again.
 
-    Exit status 1 if a certificate has versions on both sides of --below: it stays, and wants to be replaced.
+    Other certificates that cover some of it are revoked, too, and named. Exit status 1 if nothing is below --below.
     """
     if (component is None) != (below is None) or not (certificates or component):
         raise UsageError(
@@ -113,13 +113,13 @@ def revoke(
     if as_json:
         output.print_json(done._asdict())
     else:
-        click.echo(f"{len(done.revoked)} certificates are revoked with the next 'store publish'")
-        for id in done.revoked:
+        gone = (*done.revoked, *done.covering)
+        click.echo(f"{len(gone)} certificates are revoked with the next 'store publish'")
+        for id in gone:
             click.echo(f"  {id}")
-        _warn(done.covering, "also speaks of something that was revoked; revoke it too if the thing itself is bad")
-        _warn(done.mixed, f"has versions of {component} on both sides of {below}; issue it anew without the old ones")
-    if done.mixed:
-        raise click.exceptions.Exit(1)
+        for id in done.covering:
+            what = f"{id} was revoked because it also covers some of that: issue it anew without, if the rest is good"
+            click.secho(what, fg="yellow", err=True)
 
 
 @click.command()
@@ -241,8 +241,3 @@ def _warn_of_ends(expires: Mapping[str, int]) -> None:
         if role in expires and expires[role] < time.time() + OFFLINE_NOTICE:
             what = f"hosts believe {role} until {format_time(expires[role])} only: renew it with {mend}"
             click.secho(f"{what} [store.expires-soon]", fg="yellow", err=True)
-
-
-def _warn(ids: Sequence[str], what: str) -> None:
-    for id in ids:
-        click.secho(f"{id} {what}", fg="yellow", err=True)

@@ -8,12 +8,13 @@
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -23,28 +24,33 @@ from securesystemslib.signer import Key
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Root, TargetFile
 
-from swtpm_prop.errors import StoreError
+from swtpm_prop.errors import StoreError, TrustError
 from swtpm_prop.limits import CERTIFICATE_BYTES, METADATA_BYTES_MOST, METADATA_KEPT
 from swtpm_prop.trust import certificate, repository
 from swtpm_prop.trust.certificate import Certificate
 from swtpm_prop.trust.files import read_file, write_file
 from swtpm_prop.trust.repository import Change, Missing, State, Wanted
 from swtpm_prop.trust.signers import Ask, open_signers
-from swtpm_prop.trust.sources import COMPONENT, VERSION
+from swtpm_prop.trust.sources import COMPONENT, VERSION, Subject
 from swtpm_prop.trust.version import sort_key
 
 T = TypeVar("T")
 Running = Callable[[Sequence[T], str], Any]
 """Wraps long work to show progress, as `cli.output.progress`; a context manager of an iterator."""
 
+_MARK = 32
+"""Hex digits that are remembered of a revoked digest. Other digests that begin so would be refused, no more."""
+
+_SIMILAR = 10
+"""Components that are suggested for one that is not there."""
+
 _VERSIONED = re.compile(r"([1-9][0-9]{0,9})\.(root|targets|snapshot)\.json")
 
 
 class Revocation(NamedTuple):
-    """What was revoked (certificate ids), what was not although it has such a version, and who else covers the same."""
+    """Ids of the certificates that were revoked: as asked, and because they cover some of the same as well."""
 
     revoked: tuple[str, ...]
-    mixed: tuple[str, ...]
     covering: tuple[str, ...]
 
 
@@ -128,44 +134,40 @@ class Publisher:
         return len(new)
 
     def revoke(self, named: Collection[str], below: tuple[str, str] | None, running: Running[Path]) -> Revocation:
-        """Take certificates out of the next publication, and never let them in again.
+        """Take certificates out of the next publication, and never let them or what they cover in again.
+
+        Others that cover some of it go, too. What a newer version of the same component in the store has as well is
+        not condemned.
 
         Args:
             named: ids of certificates (``sha256:`` and the hash of the payload).
-            below: a component and a version; goes whatever speaks of older versions of it only.
+            below: a component and a version; older versions of it are condemned, nothing else in their certificates.
             running: shows progress.
 
         Raises:
-            StoreError: ``store.certificate-unknown``, ``store.busy``, ``store.absent``.
-            TrustError: ``trust.version``.
+            StoreError: ``store.certificate-unknown``, ``store.busy``, ``store.absent``, ``store.revoked-full``.
+            TrustError: ``trust.version``, ``trust.component``: nothing is older.
         """
         with self._alone():
             record = _Revoked.load(self._revoked_file)
-            held = {}
-            with running(sorted(self.certificates.glob("*.json")), "reading") as each:
-                for file in each:
-                    held[file] = certificate.read(read_file(file, CERTIFICATE_BYTES))
-            unknown = set(named) - {one.id for one in held.values()}
-            if unknown:
-                raise StoreError(
-                    "store.certificate-unknown",
-                    f"the store has no certificate '{min(unknown)}'",
-                    "check the id with swtpm-prop cert show FILE",
-                )
-            going = {file for file, one in held.items() if one.id in named}
-            mixed = set()
+            held = self._held(running)
+            going = _named(held, named)
+            bad = [subject for file in going for subject in held[file].subjects]
+            older: dict[Path, list[Subject]] = {}
             if below:
+                older = _all_older(held, *below)
                 record.components[below[0]] = _later(record.components.get(below[0]), below[1])
-                older = {file: _older(one, *below) for file, one in held.items()}
-                going |= {file for file, versions in older.items() if versions and all(versions)}
-                mixed = {file for file, versions in older.items() if any(versions)} - going
-            record.certificates |= {file.name: held[file].id for file in going}
+                going |= {file for file, old in older.items() if len(old) == len(_of(held[file], below[0]))}
+                bad += [subject for old in older.values() for subject in old]
+            staying = held.keys() - going - older.keys()
+            record.condemn(bad, (subject for file in staying for subject in held[file].subjects))
+            covering = older.keys() - going | {file for file in staying if record.condemned(held[file])}
+            record.certificates |= {file.name: held[file].id for file in going | covering}
             record.save(self._revoked_file)
             # From here on a publication leaves them out, files or not.
-            for file in going:
+            for file in going | covering:
                 file.unlink()
-        ids = [tuple(sorted({held[file].id for file in files})) for files in (going, mixed, _covering(held, going))]
-        return Revocation(*ids)
+        return Revocation(*(tuple(sorted({held[file].id for file in files})) for files in (going, covering)))
 
     def publish(self, names: Sequence[str], ask: Ask, now: datetime) -> Publication:
         """Sign with the named keys, and publish what then has enough signatures; see `repository.advance`.
@@ -173,16 +175,17 @@ class Publisher:
         Hosts see a whole store at every moment: the file that makes the new ones count is the last to be replaced.
 
         Raises:
-            StoreError: ``store.busy``, ``store.absent``, ``store.metadata``, ``store.changed``, and what
-                `open_signers` raises.
+            StoreError: ``store.busy``, ``store.absent``, ``store.metadata``, ``store.changed``, ``store.revoked``, and
+                what `open_signers` raises.
+            TrustError: as `certificate.read`.
         """
         with self._alone():
             published, drafts = self._published(), self._waiting()
             self._sweep()
-            wanted = self._wanted()
+            before = published.targets.signed.targets if published.targets else {}
+            wanted = self._wanted(before)
             signers = open_signers(names, self._known_keys(published, drafts), ask)
             step = repository.advance(published, drafts, wanted, signers, now)
-            before = published.targets.signed.targets if published.targets else {}
             if step.files:
                 self._copy_certificates(wanted)
                 for name, content in step.files.items():
@@ -255,13 +258,22 @@ class Publisher:
             else:
                 (self.drafts / name).unlink(missing_ok=True)
 
-    def _wanted(self) -> dict[str, TargetFile]:
-        revoked = _Revoked.load(self._revoked_file).certificates
-        files = (path for path in sorted(self.certificates.glob("*.json")) if path.name not in revoked)
-        return {
-            (target := f"certificates/{file.name}"): TargetFile(file.stat().st_size, {"sha256": file.stem}, target)
-            for file in files
-        }
+    def _held(self, running: Running[Path]) -> dict[Path, Certificate]:
+        with running(sorted(self.certificates.glob("*.json")), "reading") as each:
+            return {file: certificate.read(read_file(file, CERTIFICATE_BYTES)) for file in each}
+
+    def _wanted(self, before: Collection[str]) -> dict[str, TargetFile]:
+        """What shall be published. What was before, `revoke` has looked at; what is new may have come past `add`."""
+        revoked = _Revoked.load(self._revoked_file)
+        wanted = {}
+        for file in sorted(self.certificates.glob("*.json")):
+            if file.name in revoked.certificates:
+                continue
+            target = f"certificates/{file.name}"
+            if revoked.certificates and target not in before:
+                revoked.refuse(certificate.read(read_file(file, CERTIFICATE_BYTES)), file)
+            wanted[target] = TargetFile(file.stat().st_size, {"sha256": file.stem}, target)
+        return wanted
 
     def _copy_certificates(self, wanted: Wanted) -> None:
         for target, listed in wanted.items():
@@ -292,56 +304,134 @@ class Publisher:
 
 
 class _Revoked:
-    """What must not come in again: files and their certificates' ids, and components with the first good version."""
+    """What must not come in again.
 
-    def __init__(self, certificates: dict[str, str], components: dict[str, str]) -> None:
+    Attributes:
+        certificates: files and their certificates' ids.
+        components: their first good version.
+        digests: by component and version of what was revoked, each "" if it had none: how its digests begin. A newer
+            version of the component may have them still, nothing else.
+    """
+
+    def __init__(
+        self, certificates: dict[str, str], components: dict[str, str], digests: dict[str, dict[str, set[str]]]
+    ) -> None:
         self.certificates = certificates
         self.components = components
+        self.digests = digests
 
     @classmethod
     def load(cls, path: Path) -> _Revoked:
         if not path.exists():
-            return cls({}, {})
+            return cls({}, {}, {})
         try:
             value = json.loads(read_file(path, METADATA_BYTES_MOST))
-            return cls(dict(value["certificates"]), dict(value["components"]))
-        except (ValueError, TypeError, KeyError) as error:
+            digests = {
+                component: {version: set(marks) for version, marks in versions.items()}
+                # Files of before digests were remembered have none.
+                for component, versions in value.get("digests", {}).items()
+            }
+            return cls(dict(value["certificates"]), dict(value["components"]), digests)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise StoreError("store.revoked-unreadable", f"'{path}' makes no sense: {error}", "restore it") from error
 
     def save(self, path: Path) -> None:
-        value = {"certificates": self.certificates, "components": self.components}
-        write_file(path, json.dumps(value, indent=1, sort_keys=True).encode() + b"\n")
+        value = {"certificates": self.certificates, "components": self.components, "digests": self.digests}
+        data = json.dumps(value, indent=1, sort_keys=True, default=sorted).encode() + b"\n"
+        if len(data) > METADATA_BYTES_MOST:
+            what = f"'{path}' would have more than {METADATA_BYTES_MOST} bytes"
+            raise StoreError("store.revoked-full", what, "make a new store, with what is good")
+        write_file(path, data)
+
+    def condemn(self, bad: Iterable[Subject], staying: Iterable[Subject]) -> None:
+        """Remember the digests of what is bad, and forget those that a newer version which stays has, too."""
+        for subject in bad:
+            component, version = (subject.annotations.get(name, "") for name in (COMPONENT, VERSION))
+            self.digests.setdefault(component, {}).setdefault(version, set()).update(_marks(subject))
+        for subject in staying:
+            component = subject.annotations.get(COMPONENT, "")
+            for version, marks in self.digests.get(component, {}).items():
+                if _newer(subject, component, version):
+                    marks -= _marks(subject)
+
+    def condemned(self, one: Certificate) -> Subject | None:
+        """The first of its subjects that has a digest which was revoked, and is no newer version."""
+        groups = [(name, *group) for name, versions in self.digests.items() for group in versions.items()]
+        for subject in one.subjects:
+            own = _marks(subject)
+            if any(marks & own and not _newer(subject, component, version) for component, version, marks in groups):
+                return subject
+        return None
 
     def refuse(self, one: Certificate, file: Path) -> None:
-        """Raise ``store.revoked`` if it was revoked, or speaks of a version that was."""
+        """Raise ``store.revoked`` if it was revoked, or speaks of a version or of a digest that was."""
         if one.id in self.certificates.values():
-            raise StoreError("store.revoked", f"'{file}' was revoked", "issue another one if it was revoked in error")
+            raise StoreError("store.revoked", f"'{file}' was revoked", "certify what replaces the things in it")
         for component, version in self.components.items():
-            if any(_older(one, component, version)):
+            if _older(one, component, version):
                 what = f"'{file}' has {component} below {version}, which was revoked"
                 raise StoreError("store.revoked", what, "issue one without it")
+        if subject := self.condemned(one):
+            what = f"'{file}' covers '{subject.name}', and one of its digests was revoked"
+            raise StoreError("store.revoked", what, "issue one without it")
 
 
-def _older(one: Certificate, component: str, version: str) -> list[bool]:
-    """For each subject that is of the component whether it is older. One without a version counts as older."""
-    annotations = [subject.annotations for subject in one.subjects if subject.annotations.get(COMPONENT) == component]
+def _named(held: Mapping[Path, Certificate], named: Collection[str]) -> set[Path]:
+    unknown = set(named) - {one.id for one in held.values()}
+    if unknown:
+        raise StoreError(
+            "store.certificate-unknown",
+            f"the store has no certificate '{min(unknown)}'",
+            "check the id with swtpm-prop cert show FILE",
+        )
+    return {file for file, one in held.items() if one.id in named}
+
+
+def _all_older(held: Mapping[Path, Certificate], component: str, version: str) -> dict[Path, list[Subject]]:
+    """The certificates that speak of older versions, with these subjects; that there are none is a misspelt name."""
+    found = {file: old for file, one in held.items() if (old := _older(one, component, version))}
+    if not found:
+        there = {subject.annotations.get(COMPONENT, "") for one in held.values() for subject in one.subjects} - {""}
+        similar = difflib.get_close_matches(component, sorted(there), _SIMILAR, cutoff=0)
+        raise TrustError(
+            "trust.component",
+            f"the store has nothing of {component} below {version}; nothing was revoked",
+            f"of its {len(there)} components name one: {', '.join(similar)}" if there else "name certificates instead",
+        )
+    return found
+
+
+def _older(one: Certificate, component: str, version: str) -> list[Subject]:
+    """Those of its subjects that are of the component and older. One without a version counts as older."""
     good = sort_key(version)
-    return [VERSION not in of or sort_key(of[VERSION]) < good for of in annotations]
+    return [
+        subject
+        for subject in _of(one, component)
+        if VERSION not in subject.annotations or sort_key(subject.annotations[VERSION]) < good
+    ]
+
+
+def _of(one: Certificate, component: str) -> list[Subject]:
+    return [subject for subject in one.subjects if subject.annotations.get(COMPONENT) == component]
+
+
+def _newer(subject: Subject, component: str, version: str) -> bool:
+    """Whether it is of this component, and newer; no version is older than any, and none is newer than what is none."""
+    own = subject.annotations.get(VERSION)
+    if not component or own is None or subject.annotations.get(COMPONENT) != component:
+        return False
+    try:
+        return not version or sort_key(own) > sort_key(version)
+    except TrustError:
+        return False
+
+
+def _marks(subject: Subject) -> set[str]:
+    return {digest.hex()[:_MARK] for digest in subject.digests.values()}
 
 
 def _later(one: str | None, other: str) -> str:
     return one if one is not None and sort_key(one) > sort_key(other) else other
-
-
-def _covering(held: dict[Path, Certificate], going: set[Path]) -> set[Path]:
-    """Certificates that stay and speak of something that the revoked ones speak of."""
-    digests = {digest for file in going for subject in held[file].subjects for digest in subject.digests.values()}
-    staying = held.keys() - going
-    return {
-        file
-        for file in staying
-        if any(digest in digests for subject in held[file].subjects for digest in subject.digests.values())
-    }
 
 
 def _ends(state: State) -> dict[str, int]:

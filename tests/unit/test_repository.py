@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from click.testing import CliRunner, Result
 from storekeeper import Follower, Keeper, certificate, interrupt, kill, no_space, quiet
 
 from swtpm_prop.cli.store import command
-from swtpm_prop.errors import Error
+from swtpm_prop.errors import Error, TrustError
 from swtpm_prop.trust import certificate as certificates
 from swtpm_prop.trust.repository import Change
 from swtpm_prop.trust.signers import load_public, open_signers
@@ -58,12 +60,20 @@ def versioned(name: str, *versions: str, component: str = "linux") -> bytes:
     return certificates_of(*subjects)
 
 
+def linux(version: str, content: bytes, component: str = "linux") -> Subject:
+    return Subject("a file", digests_of(content), {"component": component, "version": version})
+
+
 def certificates_of(*subjects: Subject) -> bytes:
     return issue(*subjects, begins=0, ends=4_000_000_000)
 
 
 def identity(envelope: bytes) -> str:
     return certificates.read(envelope).id
+
+
+def ids_in(keeper: Keeper) -> set[str]:
+    return {identity(file.read_bytes()) for file in keeper.publisher.certificates.iterdir()}
 
 
 def revoke(keeper: Keeper, *ids: str, below: tuple[str, str] | None = None) -> Any:
@@ -229,22 +239,87 @@ def test_revoke_all_below_a_version(keeper: Keeper) -> None:
     keeper.add(*old, *good, mixed)
     done = revoke(keeper, below=("linux", "6.1.153-1"))
     assert set(done.revoked) == set(map(identity, old))
-    assert done.mixed == (identity(mixed),)
-    assert {identity(file.read_bytes()) for file in keeper.publisher.certificates.iterdir()} == {
-        identity(envelope) for envelope in (*good, mixed)
-    }
+    assert done.covering == (identity(mixed),)
+    assert ids_in(keeper) == set(map(identity, good))
+    assert error_of(lambda: keeper.add(versioned("late", "6.1.152-1"))) == "store.revoked"
+    # What was good in the mixed one may come back.
+    keeper.add(versioned("mixed", "6.1.160-1"))
+    # A limit that is lower later does not lower the one that holds.
+    assert error_of(lambda: revoke(keeper, below=("linux", "1.0"))) == "trust.component"
     assert error_of(lambda: keeper.add(versioned("late", "6.1.152-1"))) == "store.revoked"
     assert error_of(lambda: revoke(keeper, below=("linux", "no version"))) == "trust.version"
-    # A lower limit later does not lower the one that holds.
-    revoke(keeper, below=("linux", "1.0"))
-    assert error_of(lambda: keeper.add(versioned("late", "6.1.152-1"))) == "store.revoked"
     keeper.add(versioned("next", "6.1.170-1"))
 
 
-def test_who_else_certifies_what_was_revoked_is_named(keeper: Keeper) -> None:
+def test_a_component_that_is_not_there_is_not_revoked(keeper: Keeper) -> None:
+    keeper.add(versioned("signed", "6.1.192+2", component="linux-signed-amd64"), certificate(A))
+    words = ("revoke", keeper.publisher.directory, "--below", "6.1.193", "--component")
+    refused = run(*words, "linux").exception
+    assert isinstance(refused, TrustError)
+    assert (refused.id, "linux-signed-amd64" in refused.mend) == ("trust.component", True)
+    assert not (keeper.publisher.directory / "revoked.json").exists()
+    assert len(json.loads(run(*words, "linux-signed-amd64", "--json").stdout)["revoked"]) == 1
+
+
+def test_what_a_revoked_version_was_cannot_hold_under_another_name(keeper: Keeper, host: Follower) -> None:
+    """The old kernel's file, certified without its component before or after the revocation, by any of its digests."""
+    old, new = linux("6.1.0-1", B), linux("6.1.160-1", C)
+    keeper.add(certificates_of(old), certificates_of(new), certificate(B), certificate(C))
+    keeper.publish()
+    before = {identity(file.read_bytes()) for file in keeper.publisher.certificates.iterdir()}
+    done = revoke(keeper, below=("linux", "6.1.153-1"))
+    assert (len(done.revoked), len(done.covering)) == (1, 1)
+    assert ids_in(keeper) == before - {*done.revoked, *done.covering}
+    keeper.publish()
+    host.sync()
+    assert host.certified(A, B, C) == [A, C]
+    for name, digest in digests_of(B).items():
+        again = certificates_of(Subject("again", {name: digest}), Subject("c", digests_of(C)))
+        assert error_of(partial(keeper.add, again)) == "store.revoked"
+    # Nor past `add`.
+    (keeper.publisher.certificates / f"{hashlib.sha256(again).hexdigest()}.json").write_bytes(again)
+    assert error_of(keeper.publish) == "store.revoked"
+
+
+def test_what_a_newer_version_still_has_is_not_condemned(keeper: Keeper) -> None:
+    """Neither is its certificate reported, whether it came before the revocation or after."""
+    same, later = certificates_of(linux("6.1.153-1", A), linux("6.1.153-1", C)), certificates_of(linux("6.1.160-1", B))
+    keeper.add(certificates_of(linux("6.1.0-1", A), linux("6.1.0-1", B)), same, certificate(A))
+    assert revoke(keeper, below=("linux", "6.1.153-1")).covering == ()
+    assert error_of(lambda: keeper.add(certificate(B))) == "store.revoked"
+    assert error_of(lambda: keeper.add(certificates_of(linux("7", B, component="grub2")))) == "store.revoked"
+    keeper.add(later, certificate(A))
+    keeper.publish()
+    assert identity(later) in ids_in(keeper)
+
+
+def test_what_a_revoked_certificate_covered_cannot_come_back(keeper: Keeper) -> None:
     one, other = certificate(A), certificates_of(Subject("a", digests_of(A)), Subject("b", digests_of(B)))
     keeper.add(one, other, certificate(C))
-    assert revoke(keeper, identity(one)).covering == (identity(other),)
+    done = revoke(keeper, identity(one))
+    assert (done.revoked, done.covering) == ((identity(one),), (identity(other),))
+    assert len(ids_in(keeper)) == 1
+    assert error_of(lambda: keeper.add(certificate(A))) == "store.revoked"
+    keeper.add(certificate(B))
+
+
+def test_a_revoked_certificate_spares_what_newer_versions_have(keeper: Keeper) -> None:
+    old, new = certificates_of(linux("6.1.0-1", A), linux("6.1.0-1", B)), certificates_of(linux("6.1.160-1", A))
+    older = certificates_of(linux("5.10.1-1", B))
+    keeper.add(old, new, older)
+    done = revoke(keeper, identity(old))
+    assert (done.revoked, done.covering) == ((identity(old),), (identity(older),))
+    keeper.add(certificate(A))
+    assert error_of(lambda: keeper.add(certificate(B))) == "store.revoked"
+    record = json.loads((keeper.publisher.directory / "revoked.json").read_text())
+    assert record["digests"] == {"linux": {"6.1.0-1": sorted(each.hex()[:32] for each in digests_of(B).values())}}
+
+
+def test_who_names_what_is_revoked_with_it(keeper: Keeper) -> None:
+    keeper.add(certificate(A), certificate(A, begins=1))
+    shown = run("revoke", keeper.publisher.directory, min(ids_in(keeper)))
+    assert (shown.exit_code, shown.stdout.count("  sha256:")) == (0, 2)
+    assert shown.stderr.startswith("sha256:")
 
 
 def test_old_certificates_and_metadata_do_not_stay_for_ever(keeper: Keeper, host: Follower) -> None:
