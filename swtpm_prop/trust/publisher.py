@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -420,8 +421,13 @@ def _newer(subject: Subject, component: str, version: str) -> bool:
     own = subject.annotations.get(VERSION)
     if not component or own is None or subject.annotations.get(COMPONENT) != component:
         return False
+    return not version or _exceeds(own, version)
+
+
+@lru_cache(maxsize=1024)  # Thousands of subjects have the same few versions.
+def _exceeds(one: str, other: str) -> bool:
     try:
-        return not version or sort_key(own) > sort_key(version)
+        return sort_key(one) > sort_key(other)
     except TrustError:
         return False
 
