@@ -12,9 +12,6 @@ from swtpm_prop.cli import output
 from swtpm_prop.trust.certificate import Certificate, format_time
 from swtpm_prop.trust.sources import COMPONENT, VERSION, Subject
 
-_NAME_CHARS = 160
-"""As much of a subject's name stands in the table of a certificate that is there already. JSON has all of it."""
-
 _HEADERS = ("Component", "Version", "Algorithms", "Digest", "Subject")
 """The name comes last, where a long one widens no other row."""
 
@@ -43,7 +40,7 @@ def show(shown: Certificate, as_json: bool) -> None:
     rows += [("valid", f"{format_time(shown.not_before)} to {format_time(shown.not_after)}")]
     output.table(("Field", "Value"), rows)
     click.echo()
-    output.table(_HEADERS, [(*columns, _cut(name)) for *columns, name in map(_row, shown.subjects)])
+    output.table(_HEADERS, [(*columns, output.cut(name)) for *columns, name in map(_row, shown.subjects)])
 
 
 def show_issued(issued: Sequence[tuple[Path, Certificate]], as_json: bool) -> None:
@@ -88,10 +85,6 @@ def for_programs(subject: Subject) -> dict[str, Any]:
 def _row(subject: Subject) -> tuple[str, ...]:
     first, *_ = subject.digests.items()
     return *_origin(subject), " ".join(subject.digests), f"{first[0]}:{first[1].hex()}", subject.name
-
-
-def _cut(name: str) -> str:
-    return name if len(name) <= _NAME_CHARS else name[: _NAME_CHARS - 1] + "…"
 
 
 def _origin(subject: Subject) -> tuple[str, str]:

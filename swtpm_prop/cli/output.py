@@ -35,6 +35,16 @@ def paint(text: str, colour: str | None) -> Painted:
     return Painted(click.style(printable(text), fg=colour))
 
 
+ROW_CHARS = 160
+"""As much of a name or a description stands in a row of a table or a log; JSON has all of it."""
+
+
+def cut(text: str) -> str:
+    """At most ROW_CHARS printable characters, with an ellipsis where there were more."""
+    text = printable(text)
+    return text if len(text) <= ROW_CHARS else text[: ROW_CHARS - 1] + "…"
+
+
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print aligned columns; all that is not `Painted` is made printable, colours are kept out of the widths."""
     heads = [printable(header) for header in headers]

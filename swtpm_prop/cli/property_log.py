@@ -76,7 +76,7 @@ def print_record(record: Record, as_json: bool, known: Known) -> None:
             described = {"described": {"type": found.type, "description": found.description}} if found else {}
             click.echo(json.dumps({**record, **described}))
             return
-        words = [f"{found.type} {found.description}"] if found else []
+        words = [output.cut(f"{found.type} {found.description}")] if found else []
         click.echo("  ".join([*_columns(record), *words]).rstrip())
     except (KeyError, TypeError, AttributeError) as error:
         raise malformed(f"record {record.get('recnum')!r}") from error

@@ -13,9 +13,6 @@ from swtpm_prop.errors import printable
 from swtpm_prop.tpm import devicepath
 from swtpm_prop.tpm.eventlog import EV_NO_ACTION, SPEC_ID, STARTUP_LOCALITY, Event
 
-TEXT_CHARS = 240
-"""Longest description; more would fill a screen, and firmware variables hold kilobytes."""
-
 TYPES = {
     0x00: "EV_PREBOOT_CERT",
     0x01: "EV_POST_CODE",
@@ -68,27 +65,37 @@ def type_name(event: Event) -> str:
 
 
 def describe(event: Event) -> str:
-    """One printable line of at most TEXT_CHARS characters; data that do not fit their type are shown as bytes."""
+    """One printable line. Text is in it to its end: what somebody certifies may say the worst last.
+
+    Data that do not fit their type are shown as bytes, and of those the first; the digest names them all.
+    """
     reader = _READERS.get(event.type, _plain)
     try:
         words = reader(event.data)
     except (struct.error, ValueError, IndexError):
         words = _plain(event.data)
-    words = printable(words).strip()
-    return words if len(words) <= TEXT_CHARS else words[: TEXT_CHARS - 3] + "..."
+    return printable(words.strip())
 
 
 def _plain(data: bytes) -> str:
-    """Text if it reads as UTF-16 or ASCII (with or without a final NUL), else hexadecimal digits."""
-    for encoding in ("ascii", "utf-16-le"):
+    """Text if it reads as UTF-8 or UTF-16 (with or without a final NUL), else hexadecimal digits."""
+    for encoding in ("utf-8", "utf-16-le"):
         try:
-            text = data.decode(encoding)
+            text = data.decode(encoding).removesuffix("\0")
         except ValueError:
             continue
-        text = text[:-1] if text.endswith("\0") else text
-        if text.isprintable() and text.isascii() and text:
+        if _is_text(text):
             return text
     return data.hex() if len(data) <= 32 else f"{data[:32].hex()}... ({len(data)} bytes)"
+
+
+def _is_text(text: str) -> bool:
+    """No NUL, and mostly printable ASCII: binary data read as UTF-16 are mostly Chinese.
+
+    The rest may be anything; one control character must not turn a whole command line into digits.
+    """
+    plain = sum(character.isascii() and character.isprintable() for character in text)
+    return "\0" not in text and 2 * plain > len(text)
 
 
 def _no_action(data: bytes) -> str:
@@ -152,7 +159,7 @@ def _gpt(data: bytes) -> str:
     entries = data[_GPT_HEADER_BYTES + 8 :]
     if not 0 < count <= len(entries) // _GPT_ENTRY.size:
         raise ValueError("partitions of another number")
-    names = ", ".join(_partition(entries[at * _GPT_ENTRY.size :]) for at in range(min(count, 16)))
+    names = ", ".join(_partition(entries[at * _GPT_ENTRY.size :]) for at in range(count))
     return f"GPT {devicepath.guid(data[56:72])}: {names}"
 
 

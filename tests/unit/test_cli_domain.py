@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -206,6 +207,30 @@ def test_log_says_what_was_measured(layout: Layout) -> None:
     assert json.loads(first)["described"]["description"] == describe(event)
     error = call("log", "g", "--event-log", str(IMA_LOG), layout=layout).exception
     assert isinstance(error, WireError)
+
+
+def test_a_long_description_is_whole_but_in_the_lines_of_the_log(layout: Layout, tmp_path: Path) -> None:
+    long = "console=ttyS0 " * 40 + "init=/bin/sh"
+    kernel = eventlog.Event(1, 4, 0x0D, (Digest(SHA256, b"\1" * 32),), long.encode())
+    (tmp_path / "event.log").write_bytes(event_log(kernel))
+    unknown = Verdict(False, (), "unknown", "no certificate")
+    append(layout, record.measurement("PCR_Extend", 4, kernel.digests, "sha384", "broken", unknown))
+    explained = ("--event-log", str(tmp_path / "event.log"))
+    assert f": EV_IPL {long}\n" in call("status", "g", *explained, layout=layout).stdout
+    (*_, last) = call("log", "g", *explained, layout=layout).stdout.splitlines()
+    assert last.endswith("…")
+    assert len(last) < 400
+    (*_, last) = call("log", "g", "--json", *explained, layout=layout).stdout.splitlines()
+    assert json.loads(last)["described"]["description"] == long
+
+
+def event_log(event: eventlog.Event) -> bytes:
+    """Firmware's header, which announces SHA-256, and one more record."""
+    first = eventlog.parse(EVENT_LOG.read_bytes()).events[0]
+    header = struct.pack("<II20sI", first.pcr, first.type, bytes(20), len(first.data)) + first.data
+    digests = b"".join(struct.pack("<H", digest.algorithm.id) + digest.value for digest in event.digests)
+    count = struct.pack("<III", event.pcr, event.type, len(event.digests))
+    return header + count + digests + struct.pack("<I", len(event.data)) + event.data
 
 
 def test_what_broke_a_pcr_is_forgotten_with_a_reset_and_found_again_in_ima_lists(layout: Layout) -> None:

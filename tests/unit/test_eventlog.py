@@ -15,7 +15,7 @@ from swtpm_prop.errors import WireError
 from swtpm_prop.tpm import devicepath, eventlog
 from swtpm_prop.tpm.algorithms import ALGORITHMS, BY_NAME, SHA1, SHA256, SHA384, Digest, HashAlgorithm
 from swtpm_prop.tpm.eventlog import Event
-from swtpm_prop.tpm.eventlog_text import TEXT_CHARS, describe, type_name
+from swtpm_prop.tpm.eventlog_text import describe, type_name
 
 DATA = Path(__file__).parent.parent / "data"
 LOGS = sorted(DATA.glob("*.eventlog"))
@@ -180,9 +180,13 @@ VARIABLE = struct.pack("<16sQQ", bytes(16), 2, 1) + "db".encode("utf-16-le")
         (0x80000009, struct.pack("<Q", 0), "tables"),
         (0x04, b"\1\0\0\0", "error 01000000"),
         (0x06, struct.pack("<II", 1, 5) + b"four", "0100000005000000666f7572"),
-        (0x0D, b"grub_cmd: echo \x1b[2J", "677275625f636d643a206563686f201b5b324a"),
-        (0x0D, "dïe".encode("utf-16-le"), "6400ef006500"),
-        (0x0D, b"x" * 5000, "x" * (TEXT_CHARS - 3) + "..."),
+        (0x0D, b"grub_cmd: echo \x1b[2J", r"grub_cmd: echo \x1b[2J"),
+        (0x0D, "root=LABEL=tür quiet\t".encode(), "root=LABEL=tür quiet"),
+        (0x0D, "dïe da\u202e\n".encode("utf-16-le"), r"dïe da\u202e"),
+        (0x0D, "\u4e00\u4e01a".encode("utf-16-le"), "004e014e6100"),
+        (0x0D, b"\x1b[", "1b5b"),
+        (0x0D, b"text\0hidden", "746578740068696464656e"),
+        (0x0D, b"x" * 5000 + b" init=/bin/sh", "x" * 5000 + " init=/bin/sh"),
         (0x0D, b"", ""),
         (0x03, eventlog.STARTUP_LOCALITY, "StartupLocality"),
         (0x12345678, b"text\0", "text"),
