@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator
@@ -15,6 +14,7 @@ from swtpm_prop.errors import StoreError
 from swtpm_prop.limits import CANDIDATES
 from swtpm_prop.trust import tables
 from swtpm_prop.trust.certificate import Certificate
+from swtpm_prop.trust.files import exclusive
 from swtpm_prop.trust.index import Index, slot
 from swtpm_prop.trust.tables import Report
 
@@ -114,7 +114,7 @@ def _summary(path: Path) -> Summary:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A file beside ``path`` to write the new index to; it takes its place unless something is raised."""
-    with _exclusive(path.parent) as directory:
+    with exclusive(path.parent, "the index") as directory:
         new = path.with_name(f".{path.name}.new")
         # A build that was killed left it, for there is none running now.
         new.unlink(missing_ok=True)
@@ -123,29 +123,8 @@ def _replacing(path: Path) -> Iterator[Path]:
             _settle(new)
             new.replace(path)
             os.fsync(directory)
-        except OSError as error:
-            raise _failed(error) from error
         finally:
             new.unlink(missing_ok=True)
-
-
-@contextmanager
-def _exclusive(directory: Path) -> Iterator[int]:
-    try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise StoreError(
-            "store.directory",
-            f"'{directory}' is no directory to build in: {error.strerror}",
-            "make the directory with swtpm-prop install, or name another with --output",
-        ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield descriptor
-    except BlockingIOError as error:
-        raise StoreError("store.busy", f"another build runs in '{directory}'", "wait for it to end") from error
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -178,7 +157,7 @@ def _settle(new: Path) -> None:
     Index.open(str(new)).close()
 
 
-def _failed(error: Exception) -> StoreError:
+def _failed(error: sqlite3.Error) -> StoreError:
     code = getattr(error, "sqlite_errorcode", 0)
     if code == sqlite3.SQLITE_CONSTRAINT_CHECK:
         return StoreError(

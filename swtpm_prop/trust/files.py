@@ -1,12 +1,15 @@
-"""Certificates, keys and trust files on the disk: bounded reading, atomic writing, one kind of error."""
+"""Certificates, keys, stores and trust files on the disk: bounded reading, atomic writing, one process at a time."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from swtpm_prop.errors import TrustError
+from swtpm_prop.errors import StoreError, TrustError
 
 
 def read_file(path: Path, most: int) -> bytes:
@@ -58,3 +61,42 @@ def write_file(path: Path, data: bytes) -> None:
             f"'{path}' cannot be written: {error}",
             "free space on its disk, and write where this user may",
         ) from None
+
+
+@contextmanager
+def exclusive(directory: Path, what: str) -> Iterator[int]:
+    """Work in the directory alone; gives its descriptor.
+
+    Args:
+        directory: it exists.
+        what: is kept there, in words for people; named when it cannot be written.
+
+    Raises:
+        StoreError: ``store.directory``, ``store.busy``; ``store.write`` for every OSError of the block.
+    """
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StoreError(
+            "store.directory",
+            f"'{directory}' cannot be used: {error.strerror}",
+            "see that swtpm-prop is installed there, or name another place; be somebody who may write to it",
+        ) from error
+    try:
+        _lock(descriptor, directory)
+        yield descriptor
+    except OSError as error:
+        raise StoreError(
+            "store.write",
+            f"{what} cannot be written: {error}",
+            "free space on its disk, see who may write there, and try again",
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, directory: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise StoreError("store.busy", f"another process works in '{directory}'", "wait for it to end") from error

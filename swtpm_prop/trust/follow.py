@@ -6,13 +6,12 @@ completes or throws away.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +32,7 @@ from swtpm_prop.limits import (
 from swtpm_prop.trust import build, certificate, issuers, keys
 from swtpm_prop.trust.build import Summary
 from swtpm_prop.trust.certificate import Certificate
-from swtpm_prop.trust.files import read_file, write_file
+from swtpm_prop.trust.files import exclusive, read_file, write_file
 from swtpm_prop.trust.issuers import Trust
 from swtpm_prop.trust.repository import ROLES
 from swtpm_prop.trust.tables import Report
@@ -80,7 +79,7 @@ def sync(layout: Layout, url: str, fetcher: FetcherInterface, running: Running, 
         TrustError: what `issuers.load` raises.
     """
     trust = issuers.load(layout.trust)
-    with _alone(layout.store):
+    with _alone(layout):
         cache = _Cache(layout.store, trust)
         with _told(url):
             updater = _refreshed(layout, url, fetcher)
@@ -103,28 +102,16 @@ def sync(layout: Layout, url: str, fetcher: FetcherInterface, running: Running, 
     return Outcome(len(added), len(held - wanted.keys()), tuple(refused), summary)
 
 
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
+def _alone(layout: Layout) -> AbstractContextManager[int]:
     try:
-        directory.mkdir(mode=0o700, exist_ok=True)
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        layout.store.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise StoreError(
             "store.directory",
-            f"'{directory}' cannot be used: {error.strerror}",
+            f"'{layout.store}' cannot be made: {error.strerror}",
             "be root, and see that swtpm-prop is installed and its disk is whole",
         ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise StoreError("store.busy", "another sync runs", "wait for it to end") from error
-    except OSError as error:
-        raise StoreError(
-            "store.write", f"the store's copy cannot be written: {error}", "see disk and limits"
-        ) from error
-    finally:
-        os.close(descriptor)
+    return exclusive(layout.store, "the host's copy of the store")
 
 
 # -- fetching -----------------------------------------------------------------------------------

@@ -9,13 +9,11 @@
 from __future__ import annotations
 
 import difflib
-import fcntl
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +27,7 @@ from swtpm_prop.errors import StoreError, TrustError
 from swtpm_prop.limits import CERTIFICATE_BYTES, METADATA_BYTES_MOST, METADATA_KEPT
 from swtpm_prop.trust import certificate, repository
 from swtpm_prop.trust.certificate import Certificate
-from swtpm_prop.trust.files import read_file, write_file
+from swtpm_prop.trust.files import exclusive, read_file, write_file
 from swtpm_prop.trust.repository import Change, Missing, State, Wanted
 from swtpm_prop.trust.signers import Ask, open_signers
 from swtpm_prop.trust.sources import COMPONENT, VERSION, Subject
@@ -201,29 +199,10 @@ class Publisher:
 
     # -- files ----------------------------------------------------------------------------------
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        try:
-            descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise StoreError(
-                "store.absent", f"'{self.directory}' is no store: {error.strerror}", "see store init"
-            ) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not self.drafts.is_dir():
-                raise StoreError("store.absent", f"'{self.directory}' is no store", "make one with 'store init'")
-            yield
-        except BlockingIOError as error:
-            raise StoreError("store.busy", f"another process works in '{self.directory}'", "wait for it") from error
-        except OSError as error:
-            raise StoreError(
-                "store.write",
-                f"the store cannot be changed: {error}",
-                "free space on its disk, see who may write there, and try again",
-            ) from error
-        finally:
-            os.close(descriptor)
+    def _alone(self) -> AbstractContextManager[int]:
+        if not self.drafts.is_dir():
+            raise StoreError("store.absent", f"'{self.directory}' is no store", "make one with 'store init'")
+        return exclusive(self.directory, "the store")
 
     def _published(self) -> State:
         """What hosts get: the timestamp says which snapshot counts, and that one which targets."""
