@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,16 +12,15 @@ from typing import Any
 import click
 
 from swtpm_prop.cli import cert_text, explain, output
-from swtpm_prop.domain import causes, log
+from swtpm_prop.domain import causes
 from swtpm_prop.errors import UsageError, printable
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import EVENT_LOG_BYTES, IMA_LOG_BYTES, KEY_BYTES
-from swtpm_prop.translate import record
-from swtpm_prop.trust import certificate, dpkg, keys, packages, sources
+from swtpm_prop.trust import certificate, dpkg, packages, signers, sources
 from swtpm_prop.trust.certificate import Certificate, Claim, parse_time
 from swtpm_prop.trust.files import read_file, write_file
 from swtpm_prop.trust.index import Index
-from swtpm_prop.trust.measurements import Known
+from swtpm_prop.trust.measurements import LeftOut
 from swtpm_prop.trust.sources import COMPONENT, PACKAGE, VERSION, Subject
 from swtpm_prop.trust.version import sort_key
 
@@ -37,7 +37,10 @@ def _source(name: str, help: str, metavar: str = "FILE") -> Callable[[Any], Any]
 
 @click.command("issue")
 @click.option("--issuer", required=True, metavar="URI", help="Who certifies, as the trust file names it.")
-@click.option("--key", "key_files", required=True, multiple=True, type=_FILE, metavar="PEM", help="Signing key(s).")
+@click.option(
+    "--key", "key_names", required=True, multiple=True, metavar="PEM|URI", help="A private key, e.g. hsm:2?label=X."
+)
+@click.option("--public-key", multiple=True, type=_FILE, metavar="PEM", help="The public half of each key by URI.")
 @click.option("--passphrase-file", type=_FILE, metavar="FILE", help="Its first line opens the keys; or you are asked.")
 @click.option("--property", "properties", required=True, multiple=True, metavar="URI", help="What is certified.")
 @_source("--file", "A file: its plain hash, as GRUB measures what it reads.")
@@ -63,7 +66,8 @@ def _source(name: str, help: str, metavar: str = "FILE") -> Callable[[Any], Any]
 @output.json_option
 def command(
     issuer: str,
-    key_files: tuple[Path, ...],
+    key_names: tuple[str, ...],
+    public_key: tuple[Path, ...],
     passphrase_file: Path | None,
     properties: tuple[str, ...],
     component: str | None,
@@ -83,30 +87,32 @@ def command(
         raise UsageError("usage.output", "where to?", "give either --output or --per-package")
     now = int(time.time())
     first, last = _window(now, not_before, not_after, valid_days)
-    subjects = _annotated(_subjects(_tasks(given)), component)
+    left_out: LeftOut = Counter()
+    subjects = _annotated(_subjects(_tasks(given, left_out)), component)
+    cert_text.warn_left_out(left_out)
     found = len(subjects)
     if only_uncovered:
         subjects = _uncovered(subjects, index, properties, now)
     if only_uncovered or given["from_log"]:
         if not subjects:
-            cert_text.print_nothing(found, _beyond_certificates(given["from_log"]), as_json)
+            cert_text.print_nothing(found, left_out, as_json)
             return
         _confirm(subjects, yes, as_json)
-    signers = [_signer(path, passphrase_file) for path in key_files]
+    signing = signers.open_keys(key_names, map(signers.load_public, public_key), _ask(passphrase_file))
 
     def issue(group: Sequence[Subject], path: Path) -> Certificate:
-        data = certificate.issue(Claim(issuer, properties, group, first, last), signers, now)
+        data = certificate.issue(Claim(issuer, properties, group, first, last), signing, now)
         write_file(path, data)
         return certificate.read(data)
 
     if to is not None:
-        cert_text.show(issue(_distinct(subjects), to), as_json)
+        cert_text.show_new(issue(_distinct(subjects), to), left_out, as_json)
     elif per_package is not None:
         per_package.mkdir(exist_ok=True)
         grouped = _by_package(subjects)
         with output.progress(list(grouped.items()), "signing") as running:
             issued = [(per_package / name, issue(_distinct(group), per_package / name)) for name, group in running]
-        cert_text.show_issued(issued, as_json)
+        cert_text.show_issued(issued, left_out, as_json)
 
 
 def _window(now: int, not_before: str | None, not_after: str | None, valid_days: int | None) -> tuple[int, int]:
@@ -119,8 +125,8 @@ def _window(now: int, not_before: str | None, not_after: str | None, valid_days:
 # -- subjects -----------------------------------------------------------------------------------
 
 
-def _tasks(given: dict[str, Any]) -> list[Task]:
-    """What the source options name, in steps."""
+def _tasks(given: dict[str, Any], left_out: LeftOut) -> list[Task]:
+    """What the source options name, in steps; those that read logs count what they leave out."""
     with_ima = not given["no_ima"]
     tasks: list[Task] = [partial(sources.from_file, path) for path in given["file"]]
     tasks += [partial(sources.from_pe, path) for path in given["pe"]]
@@ -132,13 +138,20 @@ def _tasks(given: dict[str, Any]) -> list[Task]:
         tasks += [partial(packages.from_tree, tree, path, owners, with_ima=with_ima) for path in steps]
     if given["from_log"]:
         known = explain.known(given["event_log"], given["ima_log"])
-        return tasks + [partial(causes.uncertified, path, known) for path in given["from_log"]]
-    tasks += [partial(_read_first, sources.from_event_log, path, EVENT_LOG_BYTES) for path in given["event_log"]]
-    return tasks + [partial(_read_first, sources.from_ima_list, path, IMA_LOG_BYTES) for path in given["ima_log"]]
+        return tasks + [partial(causes.uncertified, path, known, left_out) for path in given["from_log"]]
+    logs = (
+        ("event_log", sources.from_event_log, EVENT_LOG_BYTES),
+        ("ima_log", sources.from_ima_list, IMA_LOG_BYTES),
+    )
+    return tasks + [
+        partial(_read_first, take, path, most, left_out) for name, take, most in logs for path in given[name]
+    ]
 
 
-def _read_first(take: Callable[[bytes], Iterable[Subject]], path: Path, most: int) -> Iterable[Subject]:
-    return take(read_file(path, most))
+def _read_first(
+    take: Callable[[bytes, LeftOut], Iterable[Subject]], path: Path, most: int, left_out: LeftOut
+) -> Iterable[Subject]:
+    return take(read_file(path, most), left_out)
 
 
 def _subjects(tasks: Sequence[Task]) -> list[Subject]:
@@ -188,17 +201,6 @@ def _uncovered(subjects: Iterable[Subject], path: Path, properties: Sequence[str
         index.close()
 
 
-def _beyond_certificates(logs: Iterable[Path]) -> int:
-    """How many measurements of property logs were refused for what no certificate mends."""
-    refused = mendable = 0
-    for path in logs:
-        contents = [line["content"] for line in log.read(path)]
-        measured = (content for content in contents if content.get("event") == record.MEASUREMENT)
-        refused += sum(not content.get("certified") for content in measured)
-        mendable += sum(1 for _ in causes.uncertified(path, Known(())))
-    return max(refused - mendable, 0)  # a guest that runs may have written between the two
-
-
 def _confirm(subjects: Sequence[Subject], yes: bool, as_json: bool) -> None:
     if yes:
         return
@@ -211,13 +213,13 @@ def _confirm(subjects: Sequence[Subject], yes: bool, as_json: bool) -> None:
 # -- keys ---------------------------------------------------------------------------------------
 
 
-def _signer(path: Path, passphrase_file: Path | None) -> keys.PrivateKey:
-    """Open a key; ask for its passphrase only if it has one."""
-    pem = read_file(path, KEY_BYTES)
-    if b"ENCRYPTED" not in pem:
-        return keys.load_private(pem, None)
-    if passphrase_file is not None:
-        passphrase = read_file(passphrase_file, KEY_BYTES).split(b"\n")[0]
-    else:
-        passphrase = click.prompt(f"Passphrase of {printable(str(path))}", hide_input=True, err=True).encode()
-    return keys.load_private(pem, passphrase)
+def _ask(passphrase_file: Path | None) -> signers.Ask:
+    """How passphrases and PINs are learnt; nothing is read or asked before it is needed."""
+
+    def ask(secret: str) -> str:
+        if passphrase_file is not None:
+            return read_file(passphrase_file, KEY_BYTES).split(b"\n")[0].decode(errors="replace")
+        answer: str = click.prompt(printable(secret), hide_input=True, err=True)
+        return answer
+
+    return ask

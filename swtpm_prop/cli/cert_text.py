@@ -9,11 +9,23 @@ from typing import Any
 import click
 
 from swtpm_prop.cli import output
+from swtpm_prop.errors import printable
 from swtpm_prop.trust.certificate import Certificate, format_time
+from swtpm_prop.trust.measurements import PADDED, VIOLATION, WEAK, LeftOut
 from swtpm_prop.trust.sources import COMPONENT, VERSION, Subject
 
 _HEADERS = ("Component", "Version", "Algorithms", "Digest", "Subject")
 """The name comes last, where a long one widens no other row."""
+
+
+_WHY = {
+    VIOLATION: "IMA violations (the file was open for writing)",
+    PADDED: "padded digests alone",
+    WEAK: "SHA-1 digests alone",
+    "route": "commands that cannot be translated",
+    "ambiguous": "commands with one algorithm twice",
+}
+"""Why measurements are left out, in words."""
 
 
 def summary(shown: Certificate) -> dict[str, Any]:
@@ -33,7 +45,7 @@ def summary(shown: Certificate) -> dict[str, Any]:
 def show(shown: Certificate, as_json: bool) -> None:
     """What a certificate says, with every subject: who signs or trusts it must see them all."""
     if as_json:
-        output.print_json({**summary(shown), "subjects": [for_programs(subject) for subject in shown.subjects]})
+        output.print_json(_whole(shown))
         return
     rows = [("certificate", shown.id), ("issuer", shown.issuer), ("serial", shown.serial)]
     rows += [("property", uri) for uri in shown.properties]
@@ -43,10 +55,19 @@ def show(shown: Certificate, as_json: bool) -> None:
     output.table(_HEADERS, [(*columns, output.cut(name)) for *columns, name in map(_row, shown.subjects)])
 
 
-def show_issued(issued: Sequence[tuple[Path, Certificate]], as_json: bool) -> None:
+def show_new(issued: Certificate, left_out: LeftOut, as_json: bool) -> None:
+    """As `show`; programs also learn what was left out of it."""
+    if as_json:
+        output.print_json({**_whole(issued), "leftOut": left_out})
+    else:
+        show(issued, as_json)
+
+
+def show_issued(issued: Sequence[tuple[Path, Certificate]], left_out: LeftOut, as_json: bool) -> None:
     """One line a certificate: where it is, what it is about."""
     if as_json:
-        output.print_json([{"file": str(path), **summary(shown)} for path, shown in issued])
+        certificates = [{"file": str(path), **summary(shown)} for path, shown in issued]
+        output.print_json({"certificates": certificates, "leftOut": left_out})
         return
     rows = [(str(path), *_origin(shown.subjects[0]), str(len(shown.subjects))) for path, shown in issued]
     output.table(("File", "Component", "Version", "Subjects"), rows)
@@ -57,23 +78,33 @@ def print_subjects(subjects: Iterable[Subject]) -> None:
     output.table(_HEADERS, [_row(subject) for subject in subjects])
 
 
-def print_nothing(covered: int, hopeless: int, as_json: bool) -> None:
+def warn_left_out(left_out: LeftOut) -> None:
+    """Say on standard error what of logs no certificate can speak of."""
+    if left_out:
+        reasons = ", ".join(f"{_WHY.get(reason, reason)}: {count}" for reason, count in sorted(left_out.items()))
+        click.secho(printable(f"left out, for no certificate mends it: {reasons}"), fg="yellow", err=True)
+
+
+def print_nothing(covered: int, left_out: LeftOut, as_json: bool) -> None:
     """Nothing is left to certify, so nothing was written.
 
     Args:
         covered: measurements that certificates cover already.
-        hopeless: measurements of property logs that no certificate mends.
+        left_out: measurements that no certificate mends.
         as_json: print for programs.
     """
-    why = f"uncertified measurements that no certificate mends (violations, padded digests): {hopeless}"
     if as_json:
-        output.print_json(None)
-    elif not hopeless:
+        output.print_json({"subjectCount": 0, "leftOut": left_out})
+    elif not left_out:
         click.secho("certificates cover all of it already; nothing was written", fg="green")
     elif covered:
-        click.secho(f"certificates cover all else already, nothing was written; {why}", fg="yellow")
+        click.secho("certificates cover all else already; nothing was written", fg="yellow")
     else:
-        click.secho(f"nothing in it can be certified, nothing was written; {why}", fg="yellow")
+        click.secho("nothing in it can be certified; nothing was written", fg="yellow")
+
+
+def _whole(shown: Certificate) -> dict[str, Any]:
+    return {**summary(shown), "subjects": [for_programs(subject) for subject in shown.subjects]}
 
 
 def for_programs(subject: Subject) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from swtpm_prop.domain.log import Record, malformed, read
 from swtpm_prop.errors import printable
 from swtpm_prop.tpm.algorithms import BY_NAME, Digest
-from swtpm_prop.trust.measurements import Known, Measurement, genuine
+from swtpm_prop.trust.measurements import Known, LeftOut, Measurement, genuine, weakness
 from swtpm_prop.trust.sources import Subject
 
 MENDABLE = {"unknown", "mismatch", "property", "expired", "not-yet-valid", "stale-index", "no-index"}
@@ -62,22 +62,27 @@ def find(record: Record, known: Known) -> Measurement | None:
     return known.find(record["pcr"], {name: bytes.fromhex(value) for name, value in _digests(record).items()})
 
 
-def uncertified(path: Path, known: Known) -> Iterator[Subject]:
+def uncertified(path: Path, known: Known, left_out: LeftOut) -> Iterator[Subject]:
     """What a property log says was measured without a certificate, to be certified now.
 
-    Left out is what no certificate mends: commands that the layer cannot translate, SHA-1 alone, padded digests.
+    What no certificate mends is counted in ``left_out``: commands that the layer cannot translate, SHA-1 alone, padded
+    digests, violations.
 
     Raises:
         DomainError: ``domain.no-log``, ``domain.log-unreadable``, ``domain.log-malformed``.
     """
     for record in read(path):
         content = _content(record)
-        if content.get("event") == "measurement" and content.get("reason") in MENDABLE:
-            digests = genuine(Digest(BY_NAME[name], bytes.fromhex(hex)) for name, hex in _digests(record).items())
-            if digests:
-                found = find(record, known)
-                what = f"{found.type} {found.description}" if found else f"{content.get('command')}, not described"
-                yield Subject(printable(f"{what} (PCR {record['pcr']})"), digests)
+        if content.get("event") != "measurement" or content.get("certified"):
+            continue
+        digests = [Digest(BY_NAME[name], bytes.fromhex(value)) for name, value in _digests(record).items()]
+        reason = str(content.get("reason"))
+        if reason not in MENDABLE or (reason := weakness(digests)):
+            left_out[reason] += 1
+            continue
+        found = find(record, known)
+        what = f"{found.type} {found.description}" if found else f"{content.get('command')}, not described"
+        yield Subject(printable(f"{what} (PCR {record['pcr']})"), genuine(digests))
 
 
 def _note(record: Record, first: dict[tuple[str, int], Record]) -> None:

@@ -20,7 +20,7 @@ from swtpm_prop.limits import ANNOTATION_CHARS, ANNOTATIONS, CERTIFICATE_PROPERT
 from swtpm_prop.tpm.algorithms import BY_NAME, STRONG
 from swtpm_prop.trust import dsse, strict_json
 from swtpm_prop.trust.issuers import Trust
-from swtpm_prop.trust.keys import PrivateKey
+from swtpm_prop.trust.keys import SigningKey
 from swtpm_prop.trust.sources import NO_ANNOTATIONS, Subject
 from swtpm_prop.trust.strict_json import Object, member
 from swtpm_prop.trust.uri import check_property
@@ -66,7 +66,7 @@ class Claim(NamedTuple):
     not_after: int
 
 
-def issue(claim: Claim, signers: Sequence[PrivateKey], created: int) -> bytes:
+def issue(claim: Claim, signers: Sequence[SigningKey], created: int) -> bytes:
     """A signed certificate, ready to be written to a file.
 
     Raises:
@@ -75,7 +75,7 @@ def issue(claim: Claim, signers: Sequence[PrivateKey], created: int) -> bytes:
     return _issue(claim, signers, created, secrets.token_hex(16))
 
 
-def _issue(claim: Claim, signers: Sequence[PrivateKey], created: int, serial: str) -> bytes:
+def _issue(claim: Claim, signers: Sequence[SigningKey], created: int, serial: str) -> bytes:
     payload = json.dumps(_statement(claim, created, serial)).encode()
     _contents(payload, _typed(payload))
     return dsse.sign(PAYLOAD_TYPE, payload, signers)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from swtpm_prop.errors import TrustError
 from swtpm_prop.limits import SIGNATURES
 from swtpm_prop.trust import keys, strict_json
-from swtpm_prop.trust.keys import PrivateKey, PublicKey
+from swtpm_prop.trust.keys import PublicKey, SigningKey
 
 
 class Envelope(NamedTuple):
@@ -51,7 +51,7 @@ def parse(data: bytes) -> Envelope:
     return Envelope(kind, payload, tuple(_signature(entry) for entry in entries))
 
 
-def sign(payload_type: str, payload: bytes, signers: Sequence[PrivateKey]) -> bytes:
+def sign(payload_type: str, payload: bytes, signers: Sequence[SigningKey]) -> bytes:
     """An envelope in JSON with one signature of each signer."""
     message = pae(payload_type, payload)
     signatures = [{"keyid": keys.keyid(key.public_key()), "sig": _encode(keys.sign(key, message))} for key in signers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Protocol
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
@@ -13,6 +14,19 @@ from swtpm_prop.errors import TrustError
 
 PublicKey = ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey
 PrivateKey = ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey
+
+
+class Device(Protocol):
+    """A private key that only signs, wherever it is."""
+
+    def public_key(self) -> PublicKey:
+        """Its public half."""
+
+    def sign(self, data: bytes) -> bytes:
+        """As `sign` makes it for a key of this kind."""
+
+
+SigningKey = PrivateKey | Device
 
 
 def load_public(pem: bytes) -> PublicKey:
@@ -64,11 +78,11 @@ def keyid(key: PublicKey) -> str:
     return hashlib.sha256(spki).hexdigest()
 
 
-def sign(key: PrivateKey, data: bytes) -> bytes:
+def sign(key: SigningKey, data: bytes) -> bytes:
     """The signature: 64 bytes for Ed25519, a DER Ecdsa-Sig-Value (RFC 3279, section 2.2.3) for P-256."""
-    if isinstance(key, ed25519.Ed25519PrivateKey):
-        return key.sign(data)
-    return key.sign(data, ec.ECDSA(SHA256()))
+    if isinstance(key, ec.EllipticCurvePrivateKey):
+        return key.sign(data, ec.ECDSA(SHA256()))
+    return key.sign(data)
 
 
 def verify(key: PublicKey, signature: bytes, data: bytes) -> None:

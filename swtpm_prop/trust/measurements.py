@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from swtpm_prop.tpm import eventlog, imalog
 from swtpm_prop.tpm.algorithms import SHA256, STRONG, Digest
 from swtpm_prop.tpm.eventlog_text import describe, type_name
 from swtpm_prop.translate.verdict import covers
+
+VIOLATION, PADDED, WEAK = "violation", "padded", "weak"
+"""Why no certificate can rest on a measurement: IMA saw the file open for writing; its digests are shorter ones filled
+up; it has SHA-1 alone. The last is a word of `translate.verdict.Verdict`, whose others may stand beside these."""
+
+LeftOut = Counter[str]
+"""How many measurements are left out of a source, by the word for why."""
 
 _PADDING = bytes(12)
 """A digest that ends so is a shorter one filled up with zeros (a SHA-1 in a SHA-256 bank), not a hash of anything."""
@@ -22,12 +30,14 @@ class Measurement(NamedTuple):
         type: ``EV_...`` of firmware, the template of IMA (``ima-sig``).
         description: what the log says it was; printable, a claim of the guest.
         digests: those that count, by algorithm name: SHA-256 or stronger, and hashes of something. May be empty.
+        weakness: if they are, why.
     """
 
     pcr: int
     type: str
     description: str
     digests: Mapping[str, bytes]
+    weakness: str = ""
 
 
 def of_event_log(data: bytes) -> Iterator[Measurement]:
@@ -38,7 +48,8 @@ def of_event_log(data: bytes) -> Iterator[Measurement]:
     """
     for event in eventlog.parse(data).events:
         if event.type != eventlog.EV_NO_ACTION:
-            yield Measurement(event.pcr, type_name(event), describe(event), genuine(event.digests))
+            digests = event.digests
+            yield Measurement(event.pcr, type_name(event), describe(event), genuine(digests), weakness(digests))
 
 
 def of_ima_list(data: bytes) -> Iterator[Measurement]:
@@ -50,8 +61,8 @@ def of_ima_list(data: bytes) -> Iterator[Measurement]:
         WireError: ``imalog.*``.
     """
     for entry in imalog.parse(data):
-        digest = Digest(SHA256, imalog.measured(entry, SHA256))
-        yield Measurement(entry.pcr, entry.template, imalog.describe(entry), genuine([digest]))
+        digests = [Digest(SHA256, imalog.measured(entry, SHA256))]
+        yield Measurement(entry.pcr, entry.template, imalog.describe(entry), genuine(digests), weakness(digests))
 
 
 def genuine(digests: Iterable[Digest]) -> dict[str, bytes]:
@@ -59,8 +70,22 @@ def genuine(digests: Iterable[Digest]) -> dict[str, bytes]:
     return {
         digest.algorithm.name: digest.value
         for digest in digests
-        if digest.algorithm in STRONG and not digest.value.endswith(_PADDING) and set(digest.value) != {0xFF}
+        if digest.algorithm in STRONG and not digest.value.endswith(_PADDING) and not _is_violation(digest)
     }
+
+
+def weakness(digests: Collection[Digest]) -> str:
+    """Why no certificate may rest on any of the digests; empty if one may."""
+    if genuine(digests):
+        return ""
+    strong = [digest for digest in digests if digest.algorithm in STRONG]
+    if not strong:
+        return WEAK
+    return VIOLATION if all(map(_is_violation, strong)) else PADDED
+
+
+def _is_violation(digest: Digest) -> bool:
+    return set(digest.value) == {0xFF}
 
 
 class Known:

@@ -18,7 +18,7 @@ from swtpm_prop import limits
 from swtpm_prop.errors import TrustError, WireError, printable
 from swtpm_prop.tpm import authenticode, pe
 from swtpm_prop.tpm.algorithms import STRONG
-from swtpm_prop.trust.measurements import Measurement, of_event_log, of_ima_list
+from swtpm_prop.trust.measurements import LeftOut, Measurement, of_event_log, of_ima_list
 
 _CHUNK = 1024 * 1024
 
@@ -130,32 +130,33 @@ def of_image(name: str, image: bytes) -> Iterator[Subject]:
         yield _hashed(f"{name} command line", _command_line(bytes(sections[".cmdline"])))
 
 
-def from_event_log(data: bytes) -> Iterator[Subject]:
+def from_event_log(data: bytes, left_out: LeftOut) -> Iterator[Subject]:
     """Every distinct measurement of a reference boot, in the order of its log, named by what the log says of it.
 
-    SHA-1 digests and digests that are shorter ones padded with zeros are left out; so is a measurement that then has
-    none. EV_NO_ACTION records are no measurements.
+    SHA-1 digests and digests that are shorter ones padded with zeros are left out; a measurement that then has none is
+    counted in ``left_out``. EV_NO_ACTION records are no measurements.
 
     Raises:
         TrustError: ``source.weak-log`` if no measurement of the log has a digest that counts.
         WireError: ``eventlog.*``.
     """
-    return _distinct(of_event_log(data), "the event log", "boot the reference guest with the sha256 bank active")
+    mend = "boot the reference guest with the sha256 bank active"
+    return _distinct(of_event_log(data), left_out, "the event log", mend)
 
 
-def from_ima_list(data: bytes) -> Iterator[Subject]:
-    """Every distinct measurement of an IMA list, by its SHA-256, in the order of the list; violations are left out.
+def from_ima_list(data: bytes, left_out: LeftOut) -> Iterator[Subject]:
+    """Every distinct measurement of an IMA list, by its SHA-256, in the order of the list.
 
-    The boot aggregate is among them; it stands for PCR 0 to 9 of that very boot.
+    Violations are counted in ``left_out``. The boot aggregate is a subject; it stands for PCR 0 to 9 of that very boot.
 
     Raises:
         TrustError: ``source.weak-log`` if all of the list are violations.
         WireError: ``imalog.*``.
     """
-    return _distinct(of_ima_list(data), "the IMA list", "boot the reference guest anew")
+    return _distinct(of_ima_list(data), left_out, "the IMA list", "boot the reference guest anew")
 
 
-def _distinct(measurements: Iterable[Measurement], log: str, mend: str) -> Iterator[Subject]:
+def _distinct(measurements: Iterable[Measurement], left_out: LeftOut, log: str, mend: str) -> Iterator[Subject]:
     """One subject for each set of digests, named as its first measurement, with all PCRs it went to."""
     first: dict[tuple[bytes, ...], Measurement] = {}
     pcrs: dict[tuple[bytes, ...], set[int]] = {}
@@ -166,6 +167,8 @@ def _distinct(measurements: Iterable[Measurement], log: str, mend: str) -> Itera
             digests = tuple(measurement.digests.values())
             first.setdefault(digests, measurement)
             pcrs.setdefault(digests, set()).add(measurement.pcr)
+        else:
+            left_out[measurement.weakness] += 1
     if seen and not first:
         raise TrustError("source.weak-log", f"{log} has no digest of SHA-256 or stronger that counts", mend)
     for key, measurement in first.items():

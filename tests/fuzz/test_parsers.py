@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from hypothesis import example, given, settings
@@ -85,7 +86,7 @@ def test_any_bytes_as_device_path(data: bytes) -> None:
 @given(damaged(LOGS, 20_000))
 def test_subjects_of_damaged_event_logs(data: bytes) -> None:
     try:
-        subjects = list(sources.from_event_log(data))
+        subjects = list(sources.from_event_log(data, Counter()))
     except (WireError, TrustError):
         return
     for subject in subjects:

@@ -8,7 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from certifier import BOOT, ED25519, ISSUER, digests_of, issue, names, private_pem, subject, trust_text
+from certifier import (
+    BOOT,
+    ED25519,
+    ISSUER,
+    P256,
+    digests_of,
+    issue,
+    names,
+    private_pem,
+    public_pem,
+    subject,
+    trust_text,
+)
 from click.testing import CliRunner, Result
 from packaged import make_deb
 
@@ -18,7 +30,7 @@ from swtpm_prop.tpm import eventlog, imalog
 from swtpm_prop.tpm.algorithms import SHA256, Digest
 from swtpm_prop.translate import record
 from swtpm_prop.translate.verdict import Verdict
-from swtpm_prop.trust import certificate
+from swtpm_prop.trust import certificate, dsse
 
 DATA = Path(__file__).parent.parent / "data"
 EVENT_LOG = DATA / "ovmf-uki.eventlog"
@@ -67,7 +79,7 @@ def test_a_release_in_one_statement_or_in_one_a_package(here: Path) -> None:
     done = issue_for("--deb", one, "--deb", two, "--per-package", "release", "--json", to=None)
     assert done.exit_code == 0, done.output
     assert names(here / "release") == ["one_1%3a1.0.json", "two_2.0.json"]
-    listed = json.loads(done.stdout)
+    listed = json.loads(done.stdout)["certificates"]
     assert [(Path(entry["file"]).name, entry["subjectCount"]) for entry in listed] == [
         ("one_1%3a1.0.json", 4),
         ("two_2.0.json", 2),
@@ -180,6 +192,43 @@ def test_an_ima_list_is_a_source(here: Path) -> None:
     assert error(issue_for("--ima-log", EVENT_LOG)).id.startswith("imalog.")
 
 
+def test_violations_of_an_ima_list_are_said_to_be_left_out(here: Path) -> None:
+    violations = sum(entry.violation for entry in imalog.parse(IMA_LOG.read_bytes()))
+    assert violations
+    said = issue_for("--ima-log", IMA_LOG, "--json")
+    assert json.loads(said.stdout)["leftOut"] == {"violation": violations}
+    assert f"mends it: IMA violations (the file was open for writing): {violations}\n" in said.stderr
+    each = issue_for("--ima-log", IMA_LOG, "--per-package", "release", "--json", to=None)
+    assert json.loads(each.stdout)["leftOut"] == {"violation": violations}
+    assert "left out" not in issue_for("--event-log", EVENT_LOG).output
+
+
+def test_a_key_in_hardware_signs_certificates(here: Path, token: Path) -> None:
+    (here / "trust.toml").write_text(trust_text().replace(public_pem(ED25519), token.read_text()))
+    debs = [package(here, name, "1.0", tool=b"tool") for name in ("one", "two")]
+    words = ("issue", "--issuer", ISSUER, "--property", BOOT, "--deb", debs[0], "--deb", debs[1])
+
+    def issue_by(key: str, *more: str | Path, pin: str = "1234") -> Result:
+        return run(cert.command, *words, "--key", key, *more, "--per-package", "release", typed=f"{pin}\n")
+
+    given = ("--public-key", token)
+    assert error(issue_by("hsm:2?label=store")).id == "trust.key-foreign"
+    (here / "other.pem").write_text(public_pem(P256))
+    assert error(issue_by("hsm:2?label=store", "--public-key", "other.pem")).id == "trust.key-foreign"
+    assert error(issue_by("hsm:3?label=store", *given)).id == "store.signer"
+    assert error(issue_by("hsm:2?label=store", *given, pin="9999")).id == "store.signer"
+    assert not (here / "release").exists()
+    done = issue_by("hsm:2?label=store", *given)
+    assert done.stderr.count("pin of hsm:2") == 1
+    for file in ("one_1.0.json", "two_1.0.json"):
+        assert run(cert.command, "verify", f"release/{file}", "--trust", "trust.toml").exit_code == 0
+    (here / "pin").write_text("1234\n")
+    both = ("--key", "file:key.pem", *given, "--passphrase-file", "pin")
+    assert issue_by("hsm:2?label=store", *both).exit_code == 0
+    envelope = dsse.parse((here / "release/one_1.0.json").read_bytes())
+    assert len(envelope.signatures) == 2
+
+
 # -- only what is not covered -------------------------------------------------------------------
 
 
@@ -255,14 +304,16 @@ def test_a_property_log_is_a_source_of_what_was_not_certified(here: Path) -> Non
     expected = [{d.algorithm.name: d.value for d in e.digests if d.algorithm.name != "sha1"} for e in events[:2]]
     assert list(certificate_digests(here / "c")) == expected
     assert all("not described" in name for name in subjects())
-    described = issue_for("--from-log", "log", "--event-log", EVENT_LOG, "--yes")
+    described = issue_for("--from-log", "log", "--event-log", EVENT_LOG, "--yes", "--json")
     assert described.exit_code == 0
+    assert json.loads(described.stdout)["leftOut"] == {"route": 1, "padded": 1}
+    assert "padded digests alone: 1, commands that cannot be translated: 1\n" in described.stderr
     assert list(certificate_digests(here / "c")) == expected
     assert all(name.startswith("EV_") for name in subjects())
 
 
-@pytest.mark.parametrize("value", [b"\xff" * 32, b"\1" * 20 + bytes(12)], ids=["violation", "padded"])
-def test_a_log_of_what_no_certificate_mends_is_not_called_covered(here: Path, value: bytes) -> None:
+@pytest.mark.parametrize(("word", "value"), [("violation", b"\xff" * 32), ("padded", b"\1" * 20 + bytes(12))])
+def test_a_log_of_what_no_certificate_mends_is_not_called_covered(here: Path, word: str, value: bytes) -> None:
     def log(*records: record.Record) -> None:
         lines = [json.dumps(r.to_json(n, "2026-01-01T00:00:00Z")) + "\n" for n, r in enumerate(records)]
         (here / "log").write_text("".join(lines))
@@ -284,7 +335,9 @@ def test_a_log_of_what_no_certificate_mends_is_not_called_covered(here: Path, va
     build_anything()
     both = issue_for("--from-log", "log", "--only-uncovered", "--index", "index")
     assert "cover all else" in both.output
-    assert both.output.endswith("padded digests): 1\n")
+    assert both.stderr.startswith("left out, for no certificate mends it: ")
+    machine = issue_for("--from-log", "log", "--only-uncovered", "--index", "index", "--json")
+    assert json.loads(machine.stdout) == {"subjectCount": 0, "leftOut": {word: 1}}
 
 
 def certificate_digests(path: Path) -> list[dict[str, bytes]]:

@@ -154,25 +154,6 @@ def test_a_key_with_a_passphrase(keeper: Keeper) -> None:
     )
 
 
-@pytest.fixture
-def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The public half of a P-256 key in a token (PKCS #11) with label "store" and PIN 1234."""
-    module = "/usr/lib/softhsm/libsofthsm2.so"
-    (tmp_path / "tokens").mkdir()
-    (tmp_path / "softhsm.conf").write_text(f"directories.tokendir = {tmp_path}/tokens\n")
-    monkeypatch.setenv("SOFTHSM2_CONF", str(tmp_path / "softhsm.conf"))
-    monkeypatch.setenv("PYKCS11LIB", module)
-    tool = f"pkcs11-tool --module {module} --token-label store --login --pin 1234 --id 02"
-    for line in (
-        "softhsm2-util --init-token --free --label store --so-pin 12345678 --pin 1234",
-        f"{tool} --keypairgen --key-type EC:prime256v1",
-        f"{tool} --read-object --type pubkey --output-file {tmp_path}/token.der",
-        f"openssl pkey -pubin -inform DER -in {tmp_path}/token.der -out {tmp_path}/token.pem",
-    ):
-        subprocess.run(line.split(), check=True, capture_output=True)
-    return tmp_path / "token.pem"
-
-
 def test_a_key_in_hardware(tmp_path: Path, token: Path) -> None:
     keeper = Keeper(tmp_path)
     others = [(role, keeper.public_key("online")) for role in ("targets", "snapshot", "timestamp")]

@@ -6,6 +6,7 @@ import hashlib
 import os
 import struct
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from swtpm_prop.tpm import eventlog
 from swtpm_prop.tpm.algorithms import STRONG
 from swtpm_prop.translate.verdict import covers
 from swtpm_prop.trust import sources
+from swtpm_prop.trust.measurements import LeftOut
 from swtpm_prop.trust.sources import Subject
 
 DATA = Path(__file__).parent.parent / "data"
@@ -151,7 +153,7 @@ def test_uki_without_command_line_and_with_other_sections(tmp_path: Path) -> Non
 @pytest.mark.parametrize("log", ["ovmf-uki", "ovmf-systemd-boot", "ovmf-direct", "seabios"])
 def test_event_log_certifies_every_measurement_of_the_boot(log: str) -> None:
     data = (DATA / f"{log}.eventlog").read_bytes()
-    subjects = list(sources.from_event_log(data))
+    subjects = list(sources.from_event_log(data, Counter()))
     events = [event for event in eventlog.parse(data).events if event.type != eventlog.EV_NO_ACTION]
     for event in events:
         guest = {digest.algorithm.name: digest.value for digest in event.digests}
@@ -161,7 +163,7 @@ def test_event_log_certifies_every_measurement_of_the_boot(log: str) -> None:
 
 
 def test_event_log_names() -> None:
-    names = [subject.name for subject in sources.from_event_log((DATA / "ovmf-uki.eventlog").read_bytes())]
+    names = [subject.name for subject in sources.from_event_log((DATA / "ovmf-uki.eventlog").read_bytes(), Counter())]
     assert "EV_SEPARATOR 00000000 (PCR 0, 1, 2, 3, 4, 5, 6, 7)" in names
     assert "EV_IPL .initrd (PCR 9, 11)" in names
     assert not [name for name in names if "NO_ACTION" in name]
@@ -185,8 +187,10 @@ def test_padded_digests_do_not_count() -> None:
         {0x0B: sha1},
         {0x0B: b"\xff" * 32},
     )
-    digests = [subject.digests for subject in sources.from_event_log(log)]
+    left_out: LeftOut = Counter()
+    digests = [subject.digests for subject in sources.from_event_log(log, left_out)]
     assert digests == [{"sha256": sha256}, {"sha256": hashlib.sha256(b"y").digest()}]
+    assert left_out == {"padded": 1, "violation": 1}
 
 
 def failing(run: Callable[[], object]) -> Error:
@@ -197,10 +201,10 @@ def failing(run: Callable[[], object]) -> Error:
 
 def test_log_without_strong_digests() -> None:
     sha1 = (DATA / "seabios-sha1.eventlog").read_bytes()
-    assert failing(lambda: list(sources.from_event_log(sha1))).id == "source.weak-log"
+    assert failing(lambda: list(sources.from_event_log(sha1, Counter()))).id == "source.weak-log"
     padded = agile_log({0x0B: hashlib.sha1(b"x").digest()})
-    assert failing(lambda: list(sources.from_event_log(padded))).id == "source.weak-log"
-    assert list(sources.from_event_log(agile_log())) == []
+    assert failing(lambda: list(sources.from_event_log(padded, Counter()))).id == "source.weak-log"
+    assert list(sources.from_event_log(agile_log(), Counter())) == []
 
 
 SOURCES = [sources.from_file, sources.from_pe, sources.from_uki]
