@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from swtpm_prop.errors import HostError
-from swtpm_prop.limits import HOST_BYTES
-
-_STALE = ("warn", "refuse")
+from swtpm_prop.limits import HOST_BYTES, PCRS
 
 
-class HostConfig(NamedTuple):
-    """The host's configuration.
+class StoreConfig(NamedTuple):
+    """The certificates that count here.
 
     Attributes:
         url: the store that ``store sync`` follows; empty: none.
@@ -23,6 +23,55 @@ class HostConfig(NamedTuple):
 
     url: str = ""
     stale: str = "warn"
+
+
+class TpmConfig(NamedTuple):
+    """The host's own TPM.
+
+    Attributes:
+        tcti: how to reach it, as tpm2-tss names it (Tss2_TctiLdr_Initialize).
+        pcrs: what of the SHA-256 bank makes the host's state, in rising order.
+        event_log: what the firmware measured.
+    """
+
+    tcti: str = "device:/dev/tpmrm0"
+    pcrs: tuple[int, ...] = tuple(range(8))
+    event_log: Path = Path("/sys/kernel/security/tpm0/binary_bios_measurements")
+
+
+class CustodyConfig(NamedTuple):
+    """The keys of guests.
+
+    Attributes:
+        recovery: public keys that a guest's key is also wrapped to; PEM files.
+    """
+
+    recovery: tuple[Path, ...] = ()
+
+
+class AgentConfig(NamedTuple):
+    """The door to other hosts; each a "host:port".
+
+    Attributes:
+        listen: where the agent listens for other hosts.
+        endpoint: where other hosts reach it; empty: this host's name and the port of ``listen``.
+        peers: agents to ask for a guest whose metadata names none.
+        metrics: where the agent serves its metrics.
+    """
+
+    listen: str = "0.0.0.0:4879"
+    endpoint: str = ""
+    peers: tuple[str, ...] = ()
+    metrics: str = "127.0.0.1:9879"
+
+
+class HostConfig(NamedTuple):
+    """The host's configuration, a field for each table."""
+
+    store: StoreConfig = StoreConfig()
+    tpm: TpmConfig = TpmConfig()
+    custody: CustodyConfig = CustodyConfig()
+    agent: AgentConfig = AgentConfig()
 
 
 def load(path: Path) -> HostConfig:
@@ -38,32 +87,105 @@ def load(path: Path) -> HostConfig:
         return HostConfig()
     except OSError as error:
         raise _refused(path, str(error)) from error
-    return _parse(path, data)
+    try:
+        return _parse(data, path.parent)
+    except ValueError as error:
+        raise _refused(path, str(error)) from None
 
 
-def _parse(path: Path, data: bytes) -> HostConfig:
+def _parse(data: bytes, directory: Path) -> HostConfig:
     if len(data) > HOST_BYTES:
-        raise _refused(path, f"it has more than {HOST_BYTES} bytes")
+        raise ValueError(f"it has more than {HOST_BYTES} bytes")
     try:
         document = tomllib.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise _refused(path, f"it is no TOML: {error}") from None
-    store = document.get("store", {})
-    unknown = sorted(document.keys() - {"store"}) or sorted(_keys(path, store) - set(HostConfig._fields))
+        raise ValueError(f"it is no TOML: {error}") from None
+    unknown = sorted(document.keys() - set(HostConfig._fields))
     if unknown:
-        raise _refused(path, f"'{unknown[0]}' is not known")
-    config = HostConfig(**store)
-    if not isinstance(config.url, str):
-        raise _refused(path, "store.url is no string")
-    if config.stale not in _STALE:
-        raise _refused(path, f"store.stale is neither of {' and '.join(_STALE)}")
-    return config
+        raise ValueError(f"'{unknown[0]}' is not known")
+    return HostConfig(
+        StoreConfig(**_table(document, "store", {"url": _text, "stale": _stale})),
+        TpmConfig(**_table(document, "tpm", {"tcti": _words, "pcrs": _pcrs, "event-log": _path(directory)})),
+        CustodyConfig(**_table(document, "custody", {"recovery": _list(_path(directory))})),
+        AgentConfig(**_table(document, "agent", _AGENT)),
+    )
 
 
-def _keys(path: Path, table: Any) -> set[str]:
+def _table(document: dict[str, Any], name: str, readers: dict[str, Callable[[Any], Any]]) -> dict[str, Any]:
+    """A table's values as the readers give them, by the names of the fields."""
+    table = document.get(name, {})
     if not isinstance(table, dict):
-        raise _refused(path, "'store' is no table")
-    return set(table)
+        raise ValueError(f"'{name}' is no table")
+    unknown = sorted(table.keys() - readers)
+    if unknown:
+        raise ValueError(f"'{unknown[0]}' is not known")
+    values = {}
+    for key, value in table.items():
+        try:
+            values[key.replace("-", "_")] = readers[key](value)
+        except ValueError as error:
+            raise ValueError(f"{name}.{key} {error}") from None
+    return values
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("is no string")
+    return value
+
+
+def _words(value: Any) -> str:
+    if not _text(value):
+        raise ValueError("is empty")
+    return _text(value)
+
+
+def _stale(value: Any) -> str:
+    if value not in ("warn", "refuse"):
+        raise ValueError("is neither of warn and refuse")
+    return _text(value)
+
+
+def _pcrs(value: Any) -> tuple[int, ...]:
+    pcrs: set[int] = set()
+    for item in _text(value).split(","):
+        match = re.fullmatch(r"([0-9]{1,2})(?:-([0-9]{1,2}))?", item)
+        span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not span or span[-1] >= PCRS or pcrs.intersection(span):
+            raise ValueError(f"has '{item}', which is no further PCR and no rising range of them")
+        pcrs.update(span)
+    # Any program may reset these two, and extend them anew.
+    if pcrs & {16, 23}:
+        raise ValueError("names PCR 16 or 23, which say nothing about a host")
+    return tuple(sorted(pcrs))
+
+
+def _path(directory: Path) -> Callable[[Any], Path]:
+    return lambda value: directory / _words(value)
+
+
+def _list(reader: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+    def read(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            raise ValueError("is no list")
+        return tuple(reader(each) for each in value)
+
+    return read
+
+
+def _endpoint(value: Any) -> str:
+    host, _, port = _text(value).rpartition(":")
+    if not host or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise ValueError("is no host:port")
+    return _text(value)
+
+
+_AGENT = {
+    "listen": _endpoint,
+    "endpoint": lambda value: value if value == "" else _endpoint(value),
+    "peers": _list(_endpoint),
+    "metrics": _endpoint,
+}
 
 
 def _refused(path: Path, why: str) -> HostError:

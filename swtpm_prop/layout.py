@@ -14,11 +14,18 @@ class Layout:
         self.trust = self.etc / "trust.toml"
         self.host = self.etc / "host.toml"
         self.state = root / "var/lib/swtpm-prop"
+        self.fleet_ca = self.etc / "fleet.pem"
         self.store_root = self.etc / "root.json"
         self.store = self.state / "store"
         self.index = self.state / "index/index.sqlite"
         self.guests = self.state / "guests"
+        self.host_keys = self.state / "host"
+        self.fleet_crl = self.state / "fleet.crl"
+        self.approvals = self.state / "approvals"
+        self.keys = self.state / "keys"
+        self.transfers = self.state / "transfers"
         self.run = root / "run/swtpm-prop"
+        self.tpm_lock = self.run / "tpm.lock"
         self.logs = root / "var/log/swtpm-prop"
         self.libexec = root / "usr/libexec/swtpm-prop"
         self.hook = root / "etc/libvirt/hooks/qemu.d/swtpm-prop"
@@ -31,6 +38,14 @@ class Layout:
     def guest_marker(self, uuid: str) -> Path:
         """Says, across reboots, that this guest must never start without the layer."""
         return self.guests / uuid
+
+    def state_key(self, uuid: str) -> Path:
+        """What the guest's TPM state is encrypted under, 64 hexadecimal digits; gone once the guest has started."""
+        return self.guest_run(uuid) / "state-key"
+
+    def migration_key(self, uuid: str) -> Path:
+        """What the TPM's part of the migration stream is encrypted under; as `state_key`."""
+        return self.guest_run(uuid) / "migration-key"
 
     def guest_log(self, uuid: str) -> Path:
         """The guest's property log, JSON lines."""

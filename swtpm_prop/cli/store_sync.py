@@ -29,7 +29,7 @@ def sync(url: str | None, root: Path, as_json: bool) -> None:
     with the store itself, the index stays as it was.
     """
     layout = Layout(root)
-    source = url or host_config.load(layout.host).url
+    source = url or host_config.load(layout.host).store.url
     if not source:
         raise UsageError("usage.no-store", "no store is named", f"give --url, or url in [store] of {layout.host}")
     done = follow.sync(layout, address(source), Fetcher(), output.progress, _report)

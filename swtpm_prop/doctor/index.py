@@ -35,7 +35,7 @@ def store(patient: Patient) -> Iterator[Finding]:
         HostError: the configuration is not usable; the error's own words are the finding.
     """
     layout = patient.layout
-    url = host_config.load(layout.host).url
+    url = host_config.load(layout.host).store.url
     if not url:
         return
     if not layout.store_root.exists():
@@ -70,7 +70,7 @@ def index(patient: Patient) -> Iterator[Finding]:
 
 def _renewal(patient: Patient) -> _Renewal:
     try:
-        return FOLLOWED if host_config.load(patient.layout.host).url else BUILT
+        return FOLLOWED if host_config.load(patient.layout.host).store.url else BUILT
     except HostError:
         return BUILT
 

@@ -72,7 +72,7 @@ def _look_at_index(layout: Layout) -> None:
 
     what = "the certificate index has expired"
     mend = "run swtpm-prop store sync, or store build, with what is current"
-    if host_config.load(layout.host).stale == "refuse":
+    if host_config.load(layout.host).store.stale == "refuse":
         raise StoreError("store.stale", f"{what}, and this host's configuration refuses to start guests then", mend)
     # Of a hook that succeeds libvirt keeps standard error for its debug log, so the system's log is told too.
     warning = f"{what}, nothing will be certified [store.stale]: {mend}"

@@ -14,12 +14,34 @@ from swtpm_prop.limits import HOST_BYTES
 @pytest.mark.parametrize("text", ["", "[store]\n", '[store]\nstale = "warn"\n'])
 def test_as_it_comes(tmp_path: Path, text: str) -> None:
     (tmp_path / "host.toml").write_text(text)
-    assert load(tmp_path / "host.toml") == load(tmp_path / "none.toml") == HostConfig("", "warn")
+    assert load(tmp_path / "host.toml") == load(tmp_path / "none.toml") == HostConfig()
 
 
 def test_what_is_said(tmp_path: Path) -> None:
     (tmp_path / "host.toml").write_text('[store]\nstale = "refuse"\nurl = "https://example.org/store"\n')
-    assert load(tmp_path / "host.toml") == HostConfig("https://example.org/store", "refuse")
+    assert load(tmp_path / "host.toml").store == ("https://example.org/store", "refuse")
+
+
+def test_what_is_said_of_tpm_custody_and_agent(tmp_path: Path) -> None:
+    (tmp_path / "host.toml").write_text(
+        """[tpm]
+        tcti = "swtpm:port=2321"
+        pcrs = "14,0-4,7"
+        event-log = "events"
+        [custody]
+        recovery = ["one.pem", "/srv/two.pem"]
+        [agent]
+        listen = "[::]:4880"
+        endpoint = "a.example.org:4880"
+        peers = ["b.example.org:4879"]
+        metrics = "[::1]:1"
+        """
+    )
+    config = load(tmp_path / "host.toml")
+    assert config.tpm == ("swtpm:port=2321", (0, 1, 2, 3, 4, 7, 14), tmp_path / "events")
+    assert config.custody == ((tmp_path / "one.pem", Path("/srv/two.pem")),)
+    assert config.agent == ("[::]:4880", "a.example.org:4880", ("b.example.org:4879",), "[::1]:1")
+    assert load(tmp_path / "none.toml").tpm.pcrs == tuple(range(8))
 
 
 @pytest.mark.parametrize(
@@ -27,6 +49,11 @@ def test_what_is_said(tmp_path: Path) -> None:
     [
         *(b"store = 1", b"[[store]]", b"[stor]", b'[store]\nstal = "warn"', b'[store]\nstale = "Refuse"', b"\xff"),
         *(b"[store]\nstale = true", b"[store]\nurl = 1", b"[store", b"#" * (HOST_BYTES + 1), b"a=" + b"[" * 9999),
+        *(b"[tpm]\npcrs = '%b'" % text for text in (b"", b"0,0", b"3-1", b"0-24", b"16", b"0-23", b"a", b"0-", b" 1")),
+        *(b"[tpm]\ntcti = ''", b"[tpm]\ntcti = 1", b"[tpm]\nevent_log = 'x'", b"[tpm]\nevent-log = []"),
+        *(b"[custody]\nrecovery = 'x'", b"[custody]\nrecovery = ['']", b"[custody]\nrecovery = [1]"),
+        *(b"[agent]\nlisten = ''", b"[agent]\nlisten = ':1'", b"[agent]\npeers = ['b']", b"[agent]\nmetrics = 'b:'"),
+        *(b"[agent]\nlisten = 'a:0'", b"[agent]\nlisten = 'a:65536'", b"agent = []"),
         *(b'[store]\nstale = ["warn"]', b"[store]\nstale = {}", b"[store]\n_fields = 1"),
     ],
 )

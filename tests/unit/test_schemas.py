@@ -82,6 +82,11 @@ GOOD = trust_text(ED25519, P256, threshold=2)
         *(("trust", text, False) for text in ("issuer = 1", "issuer = [1]", "[[issuers]]", "[[issuer]]")),
         *(("host", text, True) for text in ("", "[store]", '[store]\nstale = "refuse"\nurl = "/srv/store"')),
         *(("host", text, False) for text in ("store = 1", "[[store]]", "[stor]", '[store]\nstal = "warn"')),
+        ("host", '[tpm]\npcrs = "0-7,14"\ntcti = "swtpm"\n[custody]\nrecovery = ["r.pem"]', True),
+        ("host", '[agent]\nlisten = "a:1"\nendpoint = ""\npeers = ["b:2", "[::1]:3"]\nmetrics = "c:4"', True),
+        *(("host", f"[tpm]\n{line}", False) for line in ('pcrs = ""', 'pcrs = "1-"', "tcti = ''", "event_log = 'a'")),
+        *(("host", f"[agent]\n{line}", False) for line in ("listen = ''", "peers = ['']", "peers = 'a:1'", "port = 1")),
+        *(("host", f"[custody]\nrecovery = {value}", False) for value in ("''", "[1]", "['']")),
         *(("host", f"[store]\n{line}", False) for line in ('stale = "no"', "stale = true", "url = 1", "stale = []")),
     ],
 )
