@@ -79,6 +79,7 @@ install:
 	$(call debian_packages,sed '/^# tests/$(comma)$$d' packaging/debian-packages.txt)
 	@echo "-> Python packages in $(HOST_PREFIX)"
 	$(call virtual_environment,$(HOST_PREFIX),)
+	@umask 022; $(HOST_PREFIX)/bin/python -m swtpm_prop.cli.manual $(HOST_PREFIX)/share
 	@$(HOST_PREFIX)/bin/swtpm-prop install
 
 clean:
