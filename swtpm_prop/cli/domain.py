@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -18,10 +19,12 @@ from swtpm_prop.domain.log import Standing
 from swtpm_prop.domain.metadata import NAMESPACE, PREFIX, Vtpm, fit, parse_domain, to_xml
 from swtpm_prop.domain.pcrs import DEFAULT, format_pcrs, parse_pcrs
 from swtpm_prop.domain.processes import has_layer
-from swtpm_prop.errors import DomainError, printable
+from swtpm_prop.errors import DomainError, StoreError, printable
 from swtpm_prop.layout import Layout
 from swtpm_prop.tpm.algorithms import BY_NAME, STRONG
 from swtpm_prop.translate.policy import Bank, held_value
+from swtpm_prop.trust.certificate import format_time
+from swtpm_prop.trust.index import Index
 
 LOCAL = "qemu:///system"
 
@@ -199,6 +202,7 @@ def status(
     guest = _here(name, uri)
     known = explain.known(event_log, ima_log)
     path = _layout(ctx).guest_log(guest.uuid)
+    trouble = _index_trouble(_layout(ctx))
     records = list(log.read(path))
     standing = log.fold(records)
     found = causes(records, known)
@@ -210,11 +214,14 @@ def status(
             raise bare
         standing, found = Standing({}, bare.line()), []
     if as_json:
-        about = {"name": name, "uuid": guest.uuid, "running": running, "layer": layer}
+        index = {"usable": trouble is None, "problem": trouble.line() if trouble else ""}
+        about = {"name": name, "uuid": guest.uuid, "running": running, "layer": layer, "index": index}
         output.print_json({**about, **standing._asdict(), "causes": [cause._asdict() for cause in found]})
     else:
         if not running:
             click.echo("not running; this is how its last run ended", err=True)
+        if trouble:
+            _warn(trouble.line())
         property_log.print_standing(standing)
         property_log.print_causes(found)
     if standing.broken():
@@ -236,6 +243,22 @@ def _has_layer(path: Path) -> bool:
     except PermissionError as error:
         what = f"it cannot be told whether the guest's TPM has its layer, {error}"
         raise DomainError("domain.layer-unknown", what, "be root") from error
+
+
+def _index_trouble(layout: Layout) -> StoreError | None:
+    """Why this host certifies nothing now, whatever is measured; what is held stays so until then."""
+    try:
+        index = Index.open(str(layout.index))
+    except StoreError as error:
+        return error
+    index.close()
+    if index.expires >= time.time():
+        return None
+    return StoreError(
+        "store.stale",
+        f"the certificate index expired at {format_time(index.expires)}: nothing measured since is certified",
+        "run swtpm-prop store sync, or store build, with what is current",
+    )
 
 
 def _without_layer() -> DomainError:

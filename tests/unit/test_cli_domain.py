@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 import libvirt
@@ -25,6 +26,8 @@ from swtpm_prop.tpm.eventlog_text import describe, type_name
 from swtpm_prop.translate import record
 from swtpm_prop.translate.policy import Bank, held_value
 from swtpm_prop.translate.verdict import Verdict
+from swtpm_prop.trust.build import build
+from swtpm_prop.trust.certificate import format_time
 
 DATA = Path(__file__).parent.parent / "data"
 EVENT_LOG = DATA / "ovmf-uki.eventlog"
@@ -243,6 +246,26 @@ def test_what_broke_a_pcr_is_forgotten_with_a_reset_and_found_again_in_ima_lists
     append(layout, record.snapshot(record.RESUME, {"sha384": {4: "unmeasured", 10: "broken"}}))
     shown = call("status", "g", "--ima-log", str(IMA_LOG), layout=layout)
     assert f"PCR 10 sha384 broken at {TIME}: ima-ng /bin/busybox" in shown.stdout
+
+
+def test_status_says_that_the_index_certifies_nothing_any_more(layout: Layout) -> None:
+    def said() -> tuple[str, dict[str, Any]]:
+        shown = call("status", "g", layout=layout)
+        assert shown.exit_code == 0  # what is held stays held
+        return shown.stderr, json.loads(call("status", "g", "--json", layout=layout).stdout)["index"]
+
+    assert "[store.index-missing]" in said()[0]
+    layout.index.parent.mkdir(parents=True)
+    now = int(time.time())
+    build(layout.index, (), now - 5, lambda *_: None)
+    warning, index = said()
+    assert f"expired at {format_time(now - 5)}" in warning
+    assert "[store.stale]: run swtpm-prop store sync" in warning
+    assert (index["usable"], index["problem"] in warning) == (False, True)
+    build(layout.index, (), now + 3600, lambda *_: None)
+    warning, index = said()
+    assert "store." not in warning
+    assert index == {"usable": True, "problem": ""}
 
 
 def test_status_after_the_layer_gave_up(layout: Layout) -> None:
