@@ -15,6 +15,9 @@ EXTEND_DIGESTS = 4
 PCRS = 24
 """PCRs of a bank (TCG PC Client Platform TPM Profile, 4.5.1)."""
 
+TPM_STRUCTURE_BYTES = 2048
+"""Largest public area, attestation or signature that comes from another host; an RSA-2048 key has 316 bytes."""
+
 OWN_TRIES = 4
 """How often the layer sends a command of its own that the TPM answers with TPM_RC_RETRY."""
 
@@ -90,6 +93,9 @@ CLAIMS_KEPT = 256
 CANDIDATES = 4096
 """Most index rows looked at for one measurement; more than this many certificates for one digest is an attack."""
 
+VALIDITY_BYTES = 1024
+"""What is read of the file that says until when the index is good; it has two lines of less than 200 bytes."""
+
 # -- store --------------------------------------------------------------------------------------
 METADATA_BYTES_MOST = 64 * 1024 * 1024
 """Largest signed metadata of a store; the list of 100,000 certificates has 25 MB."""
@@ -123,6 +129,9 @@ OFFLINE_NOTICE = 30 * 86400
 METADATA_KEPT = 4
 """Generations of metadata a store keeps for hosts that are in the middle of a sync."""
 
+FLOORS = 10_000
+"""Most floors of components that a host heeds: one for every source package that a release revokes, many times over."""
+
 VERSION_CHARS = 256
 """Longest version of a component; Debian's have 40."""
 
@@ -150,3 +159,54 @@ ACTIVATION_LOG_BYTES = 4096
 # -- this host ----------------------------------------------------------------------------------
 DOCTOR_SECONDS = 20
 """Longest a program that the doctor tries may take; each ends within half a second on a healthy host."""
+
+# -- fleet --------------------------------------------------------------------------------------
+FLEET_CERTIFICATE_BYTES = 16384
+"""Largest certificate of the fleet or of a TPM's maker; ours have 500 bytes, makers' up to 2,000."""
+
+REVOCATIONS_BYTES = 4 * 1024 * 1024
+"""Largest revocation list; 50,000 revoked certificates have 2 MB."""
+
+FLEET_DAYS = {"ca": 3650, "host": 730, "revocations": 120}
+"""How long the fleet's signatures are good. The list of what is revoked is signed anew three times a year by an
+offline key, like a store's targets; hosts enrol again every other year."""
+
+CLOCK_SKEW = 3600
+"""How far, in seconds, a host's clock may be behind the fleet's without its new certificate being of the future."""
+
+HOST_NAME_CHARS = 253
+"""Longest host name (RFC 1035, section 2.3.4)."""
+
+# -- agent --------------------------------------------------------------------------------------
+LIBVIRT_RETRY_SECONDS = 1
+"""How long the agent waits before it tries libvirt again; a daemon is restarted in less than a second."""
+
+LIBVIRT_PROBE_SECONDS = 5
+"""How often the agent looks whether libvirt is still there."""
+
+LIBVIRT_PROBES = 3
+"""Unanswered looks after which it is not."""
+
+AGENT_PEERS = 16
+"""Most peers the agent talks with at a time; ten guests at once is a host being emptied, and each talk takes 0.1 s."""
+
+AGENT_PEERS_WAITING = 64
+"""Most connections that wait for the agent in the kernel."""
+
+SETTLE_SECONDS = 15
+"""How often the agent looks at transfers that nobody has decided yet."""
+
+STAMP_SECONDS = 1
+"""How long the agent waits before it offers libvirt a stamp again that had to wait for a job."""
+
+AGENT_END_SECONDS = 5
+"""Longest the agent goes on with talks and transfers in hand when it is told to end."""
+
+METRICS_BYTES = 4096
+"""Most of a request for metrics that is read; a scraper's has 200 bytes."""
+
+METRICS_SECONDS = 2
+"""Longest one asking for metrics may take; the next one waits so long."""
+
+QEMU_LOG_BYTES = 65536
+"""What is read of the end of QEMU's log of a guest; why the guest ended stands in the last lines."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 from xml.parsers import expat
 
@@ -12,6 +14,9 @@ from swtpm_prop.limits import DOMAIN_XML_BYTES
 OURS = "swtpm-prop"
 """What every namespace of ours contains, in whatever version."""
 
+STAMP = "urn:swtpm-prop:agent:1"
+"""The namespace in which the agent notes where a guest runs: the one of ours that asks for nothing."""
+
 _UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -20,11 +25,13 @@ class Identity(NamedTuple):
 
     Attributes:
         uuid: the guest's UUID in lower case, as libvirt writes it; empty if the XML has none.
-        concerned: an element or attribute is in a namespace of ours.
+        concerned: an element or attribute is in a namespace of ours, other than the agent's stamp.
+        stamp: the attributes of the agent's stamp; empty where the metadata has none, or several.
     """
 
     uuid: str
     concerned: bool
+    stamp: Mapping[str, str] = MappingProxyType({})
 
 
 def scan(xml: bytes, most: int = DOMAIN_XML_BYTES) -> Identity:
@@ -40,7 +47,8 @@ def scan(xml: bytes, most: int = DOMAIN_XML_BYTES) -> Identity:
     found = _Scan()
     found.run(xml)
     uuid = "".join(found.uuid).strip()
-    return Identity(uuid if _UUID.fullmatch(uuid) else "", found.concerned)
+    stamp = found.stamps[0] if len(found.stamps) == 1 else {}
+    return Identity(uuid if _UUID.fullmatch(uuid) else "", found.concerned, stamp)
 
 
 def identify(xml: bytes) -> Identity:
@@ -65,6 +73,7 @@ class _Scan:
     def __init__(self) -> None:
         self.concerned = False
         self.uuid: list[str] = []
+        self.stamps: list[dict[str, str]] = []
         self._path: list[str] = []
 
     def run(self, xml: bytes) -> None:
@@ -91,7 +100,10 @@ class _Scan:
     def _start(self, name: str, attributes: dict[str, str]) -> None:
         self._path.append(name)
         # With a separator, expat writes a name in a namespace as "URI name".
-        self.concerned = self.concerned or any(OURS in n.rpartition(" ")[0] for n in (name, *attributes))
+        spaces = {n.rpartition(" ")[0] for n in (name, *attributes)}
+        self.concerned = self.concerned or any(OURS in space for space in spaces - {STAMP})
+        if self._path == ["domain", "metadata", f"{STAMP} agent"]:
+            self.stamps.append(attributes)
 
     def _end(self, _name: str) -> None:
         self._path.pop()

@@ -1,0 +1,40 @@
+"""The agent's stamp in a running guest's metadata: which host's agent a migration's destination has to ask."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+from xml.sax.saxutils import quoteattr
+
+from swtpm_prop.domain.identity import STAMP, Identity
+
+NAMESPACE = STAMP
+PREFIX = "agent"
+
+_ENDPOINT = re.compile(r"(?:[0-9A-Za-z._-]{1,253}|\[[0-9A-Fa-f:.%a-z]{2,64}\]):[0-9]{1,5}")
+_HOST = re.compile(r"[0-9A-Za-z._-]{1,253}")
+
+
+class Stamp(NamedTuple):
+    """Where a guest runs.
+
+    Nothing rests on it: the peer has to show by its certificate who it is, and answers for guests of its own alone.
+
+    Attributes:
+        endpoint: "host:port" of the agent there.
+        host: its name in the fleet, as in its certificate.
+    """
+
+    endpoint: str
+    host: str
+
+
+def to_xml(stamp: Stamp) -> str:
+    """The element without a namespace, the form that virDomainSetMetadata takes (see `metadata.to_xml`)."""
+    return f"<agent endpoint={quoteattr(stamp.endpoint)} host={quoteattr(stamp.host)}/>"
+
+
+def read(identity: Identity) -> Stamp | None:
+    """The stamp of a domain XML; None if there is none, or none that an agent would write."""
+    endpoint, host = identity.stamp.get("endpoint", ""), identity.stamp.get("host", "")
+    return Stamp(endpoint, host) if _ENDPOINT.fullmatch(endpoint) and _HOST.fullmatch(host) else None

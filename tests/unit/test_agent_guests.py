@@ -1,0 +1,127 @@
+"""What the agent knows of libvirt's guests, by libvirt's own test driver, which runs in this process."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterator
+
+import libvirt
+import pytest
+
+from swtpm_prop.agent.guests import Event, Guests, Happening, Presence, presence_after, presence_of
+from swtpm_prop.domain.identity import identify
+from swtpm_prop.domain.stamp import Stamp, read, to_xml
+from swtpm_prop.errors import HostError
+
+URI = "test:///default"
+STAMP = Stamp("alpha.example:4879", "alpha")
+
+
+@pytest.fixture
+def told() -> queue.Queue[Event]:
+    return queue.Queue()
+
+
+@pytest.fixture
+def guests(told: queue.Queue[Event]) -> Iterator[Guests]:
+    guests = Guests(URI, told.put)
+    guests.start()
+    assert wait_for(lambda: guests.connected)
+    yield guests
+    guests.stop()
+
+
+@pytest.fixture
+def domain() -> libvirt.virDomain:
+    connection = libvirt.open(URI)
+    domain = connection.lookupByName("test")
+    if not domain.isActive():
+        domain.create()
+    return domain
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 5) -> bool:
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def test_follows_a_guest(domain: libvirt.virDomain, guests: Guests, told: queue.Queue[Event]) -> None:
+    uuid = domain.UUIDString()
+    assert told.get(timeout=5) == Event(uuid, Happening.RUNS)
+    assert guests.presence(uuid) is Presence.RUNS
+    assert guests.running() == [uuid]
+    domain.suspend()
+    domain.resume()
+    domain.destroy()
+    assert told.get(timeout=5) == Event(uuid, Happening.ENDED)
+    assert guests.presence(uuid) is None
+    domain.create()
+    assert told.get(timeout=5) == Event(uuid, Happening.RUNS)
+    assert told.empty()
+
+
+def test_nobody_knows_before_libvirt_is_there(told: queue.Queue[Event]) -> None:
+    with pytest.raises(HostError) as refused:
+        Guests("test:///none/such", told.put).presence("0b7a4d6e-8f5c-4a2b-9c3d-1e2f3a4b5c6d")
+    assert refused.value.id == "agent.no-libvirt"
+
+
+def test_goes_on_after_libvirt_was_away(domain: libvirt.virDomain, guests: Guests, told: queue.Queue[Event]) -> None:
+    told.get(timeout=5)
+    guests._lost.set()
+    assert told.get(timeout=5) == Event(domain.UUIDString(), Happening.RUNS)
+    assert wait_for(lambda: guests.presence(domain.UUIDString()) is Presence.RUNS)
+
+
+def test_stamps_live_metadata(domain: libvirt.virDomain, guests: Guests) -> None:
+    assert guests.stamp(domain.UUIDString(), to_xml(STAMP))
+    identity = identify(domain.XMLDesc().encode())
+    assert read(identity) == STAMP
+    assert not identity.concerned
+    # a guest that has ended needs none
+    assert guests.stamp("0b7a4d6e-8f5c-4a2b-9c3d-1e2f3a4b5c6d", to_xml(STAMP))
+
+
+@pytest.mark.parametrize(
+    ("event", "says"),
+    [
+        # a migration as libvirt 9.0 tells of it: here the destination ...
+        ("STARTED_MIGRATED", Presence.HALTED),
+        ("RESUMED_MIGRATED", Presence.RUNS),
+        # ... of a guest that a person had paused
+        ("SUSPENDED_PAUSED", Presence.RUNS),
+        # ... in post-copy mode
+        ("RESUMED_POSTCOPY", Presence.RUNS),
+        # ... and here the source
+        ("SUSPENDED_MIGRATED", Presence.HALTED),
+        ("SUSPENDED_POSTCOPY", Presence.HALTED),
+        ("SUSPENDED_POSTCOPY_FAILED", Presence.HALTED),
+        ("STOPPED_MIGRATED", None),
+        ("STOPPED_FAILED", None),
+        ("STOPPED_CRASHED", None),
+        ("CRASHED_PANICKED", None),
+        ("STARTED_BOOTED", Presence.RUNS),
+        ("STARTED_RESTORED", Presence.RUNS),
+    ],
+)
+def test_lifecycle_events_say_where_a_guest_is(event: str, says: Presence | None) -> None:
+    kind = getattr(libvirt, f"VIR_DOMAIN_EVENT_{event.split('_')[0]}")
+    assert presence_after(kind, getattr(libvirt, f"VIR_DOMAIN_EVENT_{event}")) == (True, says)
+
+
+@pytest.mark.parametrize("event", ["DEFINED", "UNDEFINED", "SHUTDOWN", "PMSUSPENDED"])
+def test_others_say_nothing(event: str) -> None:
+    assert presence_after(getattr(libvirt, f"VIR_DOMAIN_EVENT_{event}"), 0) == (False, None)
+
+
+def test_a_list_says_where_guests_are() -> None:
+    assert presence_of(libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_RUNNING_MIGRATED) is Presence.RUNS
+    assert presence_of(libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER) is Presence.RUNS
+    assert presence_of(libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION) is Presence.HALTED
+    # reasons of other states have the same numbers
+    assert presence_of(libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_PAUSED_MIGRATION) is Presence.RUNS

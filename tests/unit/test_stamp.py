@@ -1,0 +1,60 @@
+"""The agent's stamp in a domain XML: found where libvirt keeps it, and never a request for anything."""
+
+from __future__ import annotations
+
+import pytest
+
+from swtpm_prop.domain.identity import identify
+from swtpm_prop.domain.metadata import parse_domain
+from swtpm_prop.domain.stamp import Stamp, read, to_xml
+
+UUID = "aaaaaaaa-0000-4000-8000-000000000001"
+STAMP = "<a:agent xmlns:a='urn:swtpm-prop:agent:1' endpoint='{}' host='{}'/>"
+
+
+def domain(*metadata: str, elsewhere: str = "") -> bytes:
+    return f"<domain><uuid>{UUID}</uuid><metadata>{''.join(metadata)}</metadata>{elsewhere}</domain>".encode()
+
+
+@pytest.mark.parametrize("endpoint", ["alpha:4879", "alpha.example.org:1", "192.0.2.1:65535", "[2001:db8::1]:4879"])
+def test_is_found(endpoint: str) -> None:
+    xml = domain(STAMP.format(endpoint, "alpha.example.org"))
+    assert read(identify(xml)) == Stamp(endpoint, "alpha.example.org")
+    assert not identify(xml).concerned
+    assert parse_domain(xml) is None
+
+
+def test_is_what_the_agent_writes() -> None:
+    stamp = Stamp("alpha:4879", "alpha")
+    written = to_xml(stamp).replace("<agent", "<agent xmlns='urn:swtpm-prop:agent:1'")
+    assert read(identify(domain(written))) == stamp
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "",
+        STAMP.format("alpha:1", "alpha") * 2,
+        STAMP.format("alpha", "alpha"),
+        STAMP.format("alpha:123456", "alpha"),
+        STAMP.format("al pha:1", "alpha"),
+        STAMP.format("alpha:1&#10;", "alpha"),
+        STAMP.format("alpha:1", "&#27;[31m"),
+        STAMP.format("alpha:1", "a" * 254),
+        STAMP.replace("host=", "other=").format("alpha:1", "alpha"),
+        STAMP.replace("a:agent", "a:other").format("alpha:1", "alpha"),
+        STAMP.replace("agent:1", "agent:2").format("alpha:1", "alpha"),
+        f"<x>{STAMP.format('alpha:1', 'alpha')}</x>",
+    ],
+)
+def test_is_one_that_an_agent_would_write_or_none(metadata: str) -> None:
+    assert read(identify(domain(metadata))) is None
+
+
+def test_counts_in_its_place_only() -> None:
+    assert read(identify(domain(elsewhere=STAMP.format("alpha:1", "alpha")))) is None
+
+
+def test_another_namespace_of_ours_is_still_noticed() -> None:
+    assert identify(domain(STAMP.replace("agent:1", "agent:2").format("alpha:1", "alpha"))).concerned
+    assert identify(domain(STAMP.format("alpha:1", "alpha"), "<p:x xmlns:p='urn:swtpm-prop:domain:1'/>")).concerned
