@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from swtpm_prop.tpm import eventlog, imalog
-from swtpm_prop.tpm.algorithms import SHA256, STRONG, Digest
+from swtpm_prop.tpm.algorithms import BY_NAME, SHA256, STRONG, Digest
 from swtpm_prop.tpm.eventlog_text import describe, type_name
 from swtpm_prop.translate.verdict import covers
 
@@ -93,14 +93,30 @@ class Known:
 
     def __init__(self, measurements: Iterable[Measurement]) -> None:
         self._found: dict[tuple[int, str, bytes], Measurement] = {}
+        self._violations: dict[int, dict[str, Measurement]] = {}
         for measurement in measurements:
+            if measurement.weakness == VIOLATION:
+                self._violations.setdefault(measurement.pcr, {}).setdefault(measurement.description, measurement)
             for name, value in measurement.digests.items():
                 self._found.setdefault((measurement.pcr, name, value), measurement)
 
     def find(self, pcr: int, digests: Mapping[str, bytes]) -> Measurement | None:
-        """The first measurement into ``pcr`` that agrees with ``digests`` (by algorithm name) on all that both have."""
+        """The first measurement into ``pcr`` that agrees with ``digests`` (by algorithm name) on all that both have.
+
+        A violation is known without any log.
+        """
         for name, value in digests.items():
             found = self._found.get((pcr, name, value))
             if found is not None and covers(found.digests, digests):
                 return found
-        return None
+        supplied = [Digest(BY_NAME[name], value) for name, value in digests.items()]
+        return self._violation(pcr) if weakness(supplied) == VIOLATION else None
+
+    def _violation(self, pcr: int) -> Measurement:
+        """All violations are measured alike: which of those in a log it was cannot be told."""
+        found = self._violations.get(pcr)
+        if not found:
+            what = "violation: a file was read while it was open for writing"
+            return Measurement(pcr, "IMA", what, {}, VIOLATION)
+        first, *_ = found.values()
+        return first._replace(description=" or ".join(found))

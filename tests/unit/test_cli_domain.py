@@ -248,6 +248,18 @@ def test_what_broke_a_pcr_is_forgotten_with_a_reset_and_found_again_in_ima_lists
     assert f"PCR 10 sha384 broken at {TIME}: ima-ng /bin/busybox" in shown.stdout
 
 
+def test_a_violation_is_called_one_and_the_ima_list_says_of_what(layout: Layout) -> None:
+    ones = (Digest(SHA256, b"\xff" * 32), Digest(SHA384, b"\xff" * 48))
+    append(layout, record.measurement("PCR_Extend", 10, ones, "sha384", "broken", Verdict(False, (), "unknown")))
+    bare = call("status", "g", layout=layout).stdout
+    assert f"PCR 10 sha384 broken at {TIME}: IMA violation: a file was read while it was open for writing\n" in bare
+    listed = [imalog.describe(entry) for entry in imalog.parse(IMA_LOG.read_bytes()) if entry.violation]
+    assert len(set(listed)) > 1
+    which = f"ima-ng {' or '.join(dict.fromkeys(listed))}\n"
+    assert f": {which}" in call("status", "g", "--ima-log", str(IMA_LOG), layout=layout).stdout
+    assert call("log", "g", "--ima-log", str(IMA_LOG), layout=layout).stdout.endswith(which)
+
+
 def test_status_says_that_the_index_certifies_nothing_any_more(layout: Layout) -> None:
     def said() -> tuple[str, dict[str, Any]]:
         shown = call("status", "g", layout=layout)
