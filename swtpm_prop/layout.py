@@ -54,3 +54,7 @@ class Layout:
     def guest_tpm(self, uuid: str) -> Path:
         """Where libvirt keeps the guest's TPM state (src/qemu/qemu_tpm.c, qemuTPMEmulatorInitStorage)."""
         return self.root / "var/lib/libvirt/swtpm" / uuid / "tpm2"
+
+    def qemu_log(self, name: str) -> Path:
+        """Where libvirt notes why a guest ended, by its name without a slash (src/qemu/qemu_domain.c)."""
+        return self.root / "var/log/libvirt/qemu" / f"{name}.log"

@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from string import Template
 
 from swtpm_prop.emulator import shims
+from swtpm_prop.emulator.real import PATH
 from swtpm_prop.hook import script
-from swtpm_prop.hook.activate import PATH
 from swtpm_prop.layout import Layout
 
 DAEMONS = ("libvirtd", "virtqemud")
@@ -73,7 +73,7 @@ Step = Directory | File | Block
 
 def plan(host: Host) -> tuple[Step, ...]:
     """The steps in the order they are safe in: what is called before what calls it, the daemon's PATH last."""
-    pieces = (*_programs(host), *_apparmor(host), *_sync(host), *_services())
+    pieces = (*_programs(host), *_apparmor(host), *_sync(host), *_agent(host), *_services())
     return (*_directories(), *_parents(pieces), *pieces)
 
 
@@ -115,9 +115,18 @@ def _sync(host: Host) -> Iterator[File]:
     """Units that follow a store; the operator who has one enables the timer."""
     at = Layout()
     program = host.prefix / "bin/swtpm-prop"
-    service = _text("sync.service", etc=at.etc, program=program, state=at.state)
+    service = _text("sync.service", etc=at.etc, program=program, state=at.state, run=at.run)
     yield File(SYSTEMD / "swtpm-prop-sync.service", service)
     yield File(SYSTEMD / "swtpm-prop-sync.timer", _text("sync.timer"))
+
+
+def _agent(host: Host) -> Iterator[File]:
+    """The unit of the agent; who has a fleet enables it."""
+    at = Layout()
+    program = host.prefix / "bin/swtpm-prop"
+    tpms = at.guest_tpm("").parent
+    unit = _text("agent.service", fleet_ca=at.fleet_ca, program=program, state=at.state, run=at.run, tpms=tpms)
+    yield File(SYSTEMD / "swtpm-prop-agent.service", unit)
 
 
 def _services() -> Iterator[File]:

@@ -228,23 +228,28 @@ def test_a_block_file_that_we_made_goes_again(root: Path) -> None:
     assert snapshot(root) == before
 
 
-def test_units_that_follow_a_store_are_whole_and_not_enabled(root: Path) -> None:
+UNITS = {"swtpm-prop-sync.service", "swtpm-prop-sync.timer", "swtpm-prop-agent.service"}
+
+
+def test_units_are_whole_and_not_enabled(root: Path) -> None:
     layout = Layout(root)
     (root / "usr/bin").mkdir()
     (root / "usr/bin/swtpm-prop").symlink_to("/bin/true")
     steps.install(layout, replace(HOST, prefix=Path("/usr")))
     units = root / "etc/systemd/system"
-    assert {path.name for path in units.glob("swtpm-prop-*")} == {"swtpm-prop-sync.service", "swtpm-prop-sync.timer"}
+    assert {path.name for path in units.glob("swtpm-prop-*")} == UNITS
     assert not list(units.glob("*.wants"))
     service = (units / "swtpm-prop-sync.service").read_text()
     assert "ExecStart=/usr/bin/swtpm-prop store sync\n" in service
-    assert "ReadWritePaths=/var/lib/swtpm-prop\n" in service
-    (units / "swtpm-prop-sync.service").write_text(service.replace("/usr/bin/swtpm-prop", "/bin/true"))
-    for unit in ("swtpm-prop-sync.service", "swtpm-prop-sync.timer"):
+    assert "ReadWritePaths=/var/lib/swtpm-prop /run/swtpm-prop\n" in service
+    assert "ExecStart=/usr/bin/swtpm-prop agent\n" in (units / "swtpm-prop-agent.service").read_text()
+    for unit in UNITS:
+        text = (units / unit).read_text()
+        (units / unit).write_text(text.replace("/usr/bin/swtpm-prop", "/bin/true"))
         checked = subprocess.run(
             ["systemd-analyze", "verify", "--man=no", str(units / unit)], check=False, capture_output=True, text=True
         )
-        assert "swtpm-prop-sync" not in checked.stderr, checked.stderr
+        assert "swtpm-prop-" not in checked.stderr, checked.stderr
 
 
 def test_plan_without_apparmor_writes_nothing_there() -> None:

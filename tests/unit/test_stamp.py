@@ -39,7 +39,7 @@ def test_is_what_the_agent_writes() -> None:
         STAMP.format("alpha:123456", "alpha"),
         STAMP.format("al pha:1", "alpha"),
         STAMP.format("alpha:1&#10;", "alpha"),
-        STAMP.format("alpha:1", "&#27;[31m"),
+        STAMP.format("alpha:1", "&#127;[31m"),
         STAMP.format("alpha:1", "a" * 254),
         STAMP.replace("host=", "other=").format("alpha:1", "alpha"),
         STAMP.replace("a:agent", "a:other").format("alpha:1", "alpha"),
