@@ -171,6 +171,18 @@ FLEET_DAYS = {"ca": 3650, "host": 730, "revocations": 120}
 """How long the fleet's signatures are good. The list of what is revoked is signed anew three times a year by an
 offline key, like a store's targets; hosts enrol again every other year."""
 
+MAKERS_BYTES = 4 * 1024 * 1024
+"""Largest file of TPM makers' certificates; all makers together have 500 kB."""
+
+EK_CHAIN = 5
+"""Longest chain from a TPM's certificate to its maker's root; they have one or two intermediates."""
+
+ENROLMENT_BYTES = 65536
+"""Largest request or answer of an enrolment; they have 5 kB, of which two are the maker's certificate."""
+
+QUOTE_TRIES = 4
+"""How often a host quotes its PCRs while something is being measured into them; after boot that is rare."""
+
 CLOCK_SKEW = 3600
 """How far, in seconds, a host's clock may be behind the fleet's without its new certificate being of the future."""
 
@@ -210,3 +222,21 @@ METRICS_SECONDS = 2
 
 QEMU_LOG_BYTES = 65536
 """What is read of the end of QEMU's log of a guest; why the guest ended stands in the last lines."""
+
+# -- custody ------------------------------------------------------------------------------------
+STATE_BYTES = 4 * 1024 * 1024
+"""Largest TPM state read; one with few keys has 6 kB, libtpms's NV memory 128 kB."""
+
+STATE_LOG_BYTES = 4096
+"""What is read of the end of the log of a swtpm that does not open a state; it writes 500 bytes."""
+
+CONVERSION_SECONDS = 10
+"""Longest swtpm may take for one step of a conversion; it takes 4 ms."""
+
+# -- the host's TPM -----------------------------------------------------------------------------
+TPM_LOCK_SECONDS = 30
+"""Longest to wait for another process that uses the host's TPM; one use takes a second on slow hardware."""
+
+EPOCH_STEPS = 4096
+"""Most steps to raise the epoch counter at once: a fleet revokes some times a year, a step takes 10 ms of hardware, and
+an NV cell wears out after some hundred thousand."""

@@ -1,0 +1,1 @@
+"""The keys of guests, held by the host's own TPM."""
