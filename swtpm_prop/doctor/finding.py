@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from swtpm_prop.hook.activate import PATH
+from swtpm_prop.emulator.real import PATH
 from swtpm_prop.install import manifest, tree
 from swtpm_prop.install.manifest import Manifest
 from swtpm_prop.layout import Layout

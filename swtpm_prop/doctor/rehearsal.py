@@ -11,7 +11,7 @@ from pathlib import Path
 
 from swtpm_prop.account import Account, swtpm_account
 from swtpm_prop.doctor.finding import Finding, Patient, ok, problem
-from swtpm_prop.hook.activate import PATH
+from swtpm_prop.emulator.real import PATH
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import DOCTOR_SECONDS
 

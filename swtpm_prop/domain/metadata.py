@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from lxml import etree
 
-from swtpm_prop.domain.identity import OURS, scan
+from swtpm_prop.domain.identity import OURS, STAMP, scan
 from swtpm_prop.domain.pcrs import format_pcrs, parse_pcrs
 from swtpm_prop.errors import DomainError, TrustError
 from swtpm_prop.limits import BANK_PROPERTIES, METADATA_BYTES, PROPERTY_BANKS
@@ -35,7 +35,8 @@ class Vtpm(NamedTuple):
     Attributes:
         banks: the property banks, each with another algorithm; not empty.
         custody: the property a host must have to get the guest's state key, or None.
-        migration: ``attested``, or None: as libvirt allows.
+        migration: ``attested``: to hosts that prove to have the property. None: as libvirt allows, which with custody
+            is nowhere, since no other host gets the key.
         active: libvirt's own ``<active_pcr_banks>``; empty if the domain has none. Where there are some, libvirt
             runs swtpm_setup before every start that is no restore and no migration (src/qemu/qemu_tpm.c).
         encrypted: libvirt encrypts the TPM state with a secret that only it can read.
@@ -145,7 +146,7 @@ def _only_element(root: etree._Element) -> etree._Element:
     for element in root.iter():
         for name in (element.tag, *element.attrib):
             space, _, local = str(name)[1:].rpartition("}")
-            if OURS in space and element not in inside:
+            if OURS in space and space != STAMP and element not in inside:
                 raise _stray(space, local)
     if not place:
         raise DomainError("domain.misplaced", "the domain names a namespace of ours, but has no vtpm element", _FORM)
@@ -173,7 +174,7 @@ def _vtpm(element: etree._Element) -> Vtpm:
         custody=None if custody is None else _property(_attribute(custody, "host-property")),
         migration=None if migration is None else _attribute(migration, "allow"),
     )
-    _refuse_custody(vtpm)
+    _refuse_migration_alone(vtpm)
     return vtpm
 
 
@@ -219,12 +220,13 @@ def _property(uri: str) -> str:
     return uri
 
 
-def _refuse_custody(vtpm: Vtpm) -> None:
-    if vtpm.custody is not None or vtpm.migration is not None:
+def _refuse_migration_alone(vtpm: Vtpm) -> None:
+    """The destination proves itself to get the key; where the host has no key in custody, nothing would be proven."""
+    if vtpm.migration is not None and vtpm.custody is None:
         raise DomainError(
-            "domain.custody-unsupported",
-            "the domain asks for key custody or attested migration, which this version cannot give",
-            "remove <custody> and <migration>, or wait for a version that has them; nothing starts with less",
+            "domain.migration-without-custody",
+            "the domain asks for attested migration, but not for custody of its key",
+            'add <custody host-property="..."/> before <migration>, or remove <migration>',
         )
 
 
@@ -233,10 +235,14 @@ def _refuse_custody(vtpm: Vtpm) -> None:
 
 def _fitted(vtpm: Vtpm, root: etree._Element) -> Vtpm:
     backend = _emulator(root)
-    return vtpm._replace(
-        active=_active(backend.findall("active_pcr_banks/*")),
-        encrypted=backend.find("encryption") is not None,
-    )
+    encrypted = backend.find("encryption") is not None
+    if encrypted and vtpm.custody is not None:
+        raise DomainError(
+            "domain.custody-and-secret",
+            "the domain asks for custody of its TPM's key, and for a TPM encrypted with a secret of libvirt",
+            "remove <encryption> of the TPM's backend, or <custody>; a state that libvirt encrypted only it can open",
+        )
+    return vtpm._replace(active=_active(backend.findall("active_pcr_banks/*")), encrypted=encrypted)
 
 
 def _emulator(root: etree._Element) -> etree._Element:

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import IO
 
 from swtpm_prop.account import Account
+from swtpm_prop.emulator.real import real_path
 from swtpm_prop.errors import HostError
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import ACTIVATION_LOG_BYTES, ACTIVATION_SECONDS
-
-PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-"""Where libvirt's packages and swtpm's are, if the daemon has no PATH."""
 
 
 def activate(state: Path, banks: str, account: Account, layout: Layout) -> None:
@@ -27,13 +25,12 @@ def activate(state: Path, banks: str, account: Account, layout: Layout) -> None:
     Raises:
         HostError: ``host.swtpm-setup``, with the end of what swtpm_setup said.
     """
-    # Without our own directory in PATH: swtpm_setup must find the real swtpm, the layer is not laid out yet.
-    path = [entry for entry in os.environ.get("PATH", PATH).split(":") if Path(entry) != layout.libexec]
     with tempfile.NamedTemporaryFile(prefix="swtpm-prop-") as log:
         os.fchown(log.fileno(), *account)
         command = ["swtpm_setup", "--tpm2", "--tpm-state", str(state), "--pcr-banks", banks, "--reconfigure"]
         try:
-            status = _run([*command, "--logfile", log.name], ":".join(path), account)
+            # swtpm_setup must find the real swtpm: the layer is not laid out yet.
+            status = _run([*command, "--logfile", log.name], real_path(layout), account)
         except OSError as error:
             raise _failed(f"cannot be run, {error}") from error
         if status != 0:

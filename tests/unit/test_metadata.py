@@ -22,6 +22,9 @@ UUID = "aaaaaaaa-0000-4000-8000-000000000001"
 BOOT = "https://example.org/properties/debian-12-boot"
 PROPERTY = f"<prop:property uri='{BOOT}'/>"
 BANK = f"<prop:bank algorithm='sha384' pcrs='0-9,11-14'>{PROPERTY}</prop:bank>"
+HOST = "https://example.org/properties/approved-host"
+CUSTODY = f"<prop:custody host-property='{HOST}'/>"
+MIGRATION = "<prop:migration allow='attested'/>"
 TPM = "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
 
 
@@ -73,6 +76,23 @@ def test_active_banks_and_encryption_of_libvirt_are_seen() -> None:
     assert vtpm.all_banks() == (SHA1, SHA384, SHA512)
 
 
+def test_custody_and_attested_migration_are_read() -> None:
+    for inner, custody, migration in ((CUSTODY, HOST, None), (CUSTODY + MIGRATION, HOST, "attested")):
+        vtpm = parse_domain(domain(element(BANK + inner)))
+        assert vtpm is not None
+        assert (vtpm.custody, vtpm.migration) == (custody, migration)
+        assert parse_element(to_xml(vtpm).encode()) == vtpm
+
+
+def test_custody_beside_a_secret_of_libvirt_is_refused() -> None:
+    secret = TPM.replace("/></tpm>", "><encryption secret='x'/></backend></tpm>")
+    assert refusal(domain(element(BANK + CUSTODY), secret)).id == "domain.custody-and-secret"
+    vtpm = parse_element(element(BANK + CUSTODY).encode())
+    with pytest.raises(DomainError) as refused:
+        fit(vtpm, domain(metadata="", tpm=secret))
+    assert refused.value.id == "domain.custody-and-secret"
+
+
 @pytest.mark.parametrize(
     ("change", "id"),
     [
@@ -102,9 +122,12 @@ def test_active_banks_and_encryption_of_libvirt_are_seen() -> None:
         ((BANK, BANK * 2), "domain.bank-doubled"),
         ((BANK, BANK + "<other/>"), "domain.schema"),
         ((BANK, "text" + BANK), "domain.schema"),
-        ((BANK, BANK + f"<prop:custody host-property='{BOOT}'/>"), "domain.custody-unsupported"),
-        ((BANK, BANK + "<prop:migration allow='attested'/>"), "domain.custody-unsupported"),
-        ((BANK, BANK + "<prop:migration allow='any'/>"), "domain.schema"),
+        ((BANK, BANK + "<prop:custody/>"), "domain.schema"),
+        ((BANK, BANK + CUSTODY.replace(HOST, "host")), "domain.property"),
+        ((BANK, BANK + CUSTODY * 2), "domain.schema"),
+        ((BANK, BANK + MIGRATION), "domain.migration-without-custody"),
+        ((BANK, BANK + MIGRATION + CUSTODY), "domain.schema"),
+        ((BANK, BANK + CUSTODY + MIGRATION.replace("attested", "any")), "domain.schema"),
         ((NAMESPACE, "urn:swtpm-prop:domain:2"), "domain.namespace"),
         (("<prop:vtpm", "<prop:vtpm version='2'"), "domain.schema"),
         (("prop:vtpm", "prop:vtmp"), "domain.misplaced"),
@@ -219,8 +242,8 @@ def test_element_round_trip_and_the_form_for_libvirt() -> None:
 
 
 def test_the_uuid_is_the_domains_own() -> None:
-    assert identify(domain("<domain><uuid>bbbbbbbb-0000-4000-8000-000000000001</uuid></domain>")) == (UUID, False)
-    assert identify(domain()) == (UUID, True)
+    assert identify(domain("<domain><uuid>bbbbbbbb-0000-4000-8000-000000000001</uuid></domain>")) == (UUID, False, {})
+    assert identify(domain()) == (UUID, True, {})
     for wrong in ("", "../../etc", UUID.upper(), UUID + "</uuid><uuid>" + UUID, UUID + "/.."):
         with pytest.raises(DomainError) as refused:
             identify(domain().replace(UUID.encode(), wrong.encode()))
