@@ -199,8 +199,14 @@ LIBVIRT_PROBE_SECONDS = 5
 LIBVIRT_PROBES = 3
 """Unanswered looks after which it is not."""
 
-AGENT_PEERS = 16
-"""Most peers the agent talks with at a time; ten guests at once is a host being emptied, and each talk takes 0.1 s."""
+AGENT_PEERS = 32
+"""Most peers the agent talks with at a time; ten guests at once is a host being emptied, and each talk takes 0.3 s."""
+
+AGENT_PEERS_EACH = 12
+"""Most of them from one address, so that none keeps the others out."""
+
+AGENT_TALK_SECONDS = 20
+"""Longest a talk with a peer may take in all. The TPM serves one after the other: ten at once wait 3 s for it."""
 
 AGENT_PEERS_WAITING = 64
 """Most connections that wait for the agent in the kernel."""

@@ -1,4 +1,4 @@
-"""Why a guest ended on this host, by libvirt's own note in QEMU's log: a hook is told nothing, and events go to agents."""
+"""Why a guest ended on this host, by libvirt's own note in QEMU's log: the hook itself is told nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def reason(name: str, layout: Layout) -> str:
     """The reason in the note about the latest end of the guest called ``name``; empty if there is none.
 
     QEMU writes to the same file. A guest that has taken its QEMU over can so pretend to have moved, which harms itself
-    alone: it then counts as gone here until the other host says otherwise. Notes of one run that disagree count as none.
+    alone: it then counts as gone here until the other host says otherwise. Notes of one run that differ count as none.
     """
     if "/" in name or "\0" in name:
         return ""

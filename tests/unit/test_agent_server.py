@@ -1,0 +1,167 @@
+"""The agent's port under peers that are too many, too slow, or never finish; and its page for Prometheus."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from swtpm_prop.agent import metrics, server
+from swtpm_prop.agent.metrics import Counts, Family, render
+from swtpm_prop.agent.server import Server
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.05)
+        yield listener
+
+
+@pytest.fixture
+def stopped() -> threading.Event:
+    return threading.Event()
+
+
+@contextmanager
+def running(body: Callable[..., None], *args: object, stopped: threading.Event) -> Iterator[None]:
+    thread = threading.Thread(target=body, args=(*args, stopped))
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def echo(peer: socket.socket) -> None:
+    with peer, suppress(OSError):
+        peer.sendall(peer.recv(100))
+
+
+def connect(listener: socket.socket, source: str = "127.0.0.1") -> socket.socket:
+    return socket.create_connection(listener.getsockname(), timeout=5, source_address=(source, 0))
+
+
+def said(peer: socket.socket, text: bytes = b"x") -> bytes:
+    try:
+        peer.sendall(text)
+        return peer.recv(100)
+    except ConnectionError:
+        return b""
+
+
+@pytest.fixture
+def served(listener: socket.socket, stopped: threading.Event) -> Iterator[Server]:
+    served = Server(listener, echo, Counts())
+    with running(served.run, stopped=stopped):
+        yield served
+    served.finish(0)
+
+
+def wait_until_served(served: Server, talks: int) -> None:
+    deadline = time.monotonic() + 5
+    while served.talks != talks:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_peers_are_served_beside_each_other(served: Server, listener: socket.socket) -> None:
+    peers = [connect(listener) for _ in range(5)]
+    assert [said(peer) for peer in reversed(peers)] == [b"x"] * 5
+    wait_until_served(served, 0)
+
+
+def test_no_address_has_more_than_its_share(
+    served: Server, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "AGENT_PEERS_EACH", 3)
+    monkeypatch.setattr(server, "AGENT_PEERS", 5)
+    first = [connect(listener) for _ in range(3)]
+    wait_until_served(served, 3)
+    assert said(connect(listener)) == b""
+    others = [connect(listener, "127.0.0.2") for _ in range(2)]
+    wait_until_served(served, 5)
+    assert said(connect(listener, "127.0.0.3")) == b""
+    assert said(first.pop()) == b"x"
+    wait_until_served(served, 4)
+    assert said(connect(listener, "127.0.0.3")) == b"x"
+    assert [said(peer) for peer in first + others] == [b"x"] * 4
+    samples = dict(served._counts.samples("peers"))
+    assert samples == {(("outcome", "admitted"),): 6, (("outcome", "turned away"),): 2}
+
+
+def test_a_peer_that_never_ends_is_cut_off(
+    served: Server, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "AGENT_TALK_SECONDS", 0.2)
+    peer = connect(listener)
+    assert peer.recv(1) == b""
+    wait_until_served(served, 0)
+    assert served._counts.samples("peers")[-1] == ((("outcome", "too slow"),), 1)
+
+
+def test_talks_in_hand_are_finished_and_then_cut_off(
+    served: Server, listener: socket.socket, stopped: threading.Event
+) -> None:
+    quick, slow = connect(listener), connect(listener)
+    wait_until_served(served, 2)
+    stopped.set()
+    quick.sendall(b"x")
+    begin = time.monotonic()
+    served.finish(0.3)
+    assert 0.2 < time.monotonic() - begin < 2
+    assert quick.recv(1) == b"x"
+    assert slow.recv(1) == b""
+
+
+def test_metrics_are_as_prometheus_reads_them() -> None:
+    counts = Counts()
+    for word in ("b", "a", 'with "quotes"\\\n', "b"):
+        counts.count("transfers", outcome=word, side="source")
+    families = [
+        Family("swtpm_prop_transfers_total", "Transfers.", "counter", counts.samples("transfers")),
+        Family("swtpm_prop_up", "Up.", "gauge", [((), 1)]),
+    ]
+    assert render(families) == (
+        "# HELP swtpm_prop_transfers_total Transfers.\n"
+        "# TYPE swtpm_prop_transfers_total counter\n"
+        'swtpm_prop_transfers_total{outcome="a",side="source"} 1\n'
+        'swtpm_prop_transfers_total{outcome="b",side="source"} 2\n'
+        'swtpm_prop_transfers_total{outcome="with \\"quotes\\"\\\\\\n",side="source"} 1\n'
+        "# HELP swtpm_prop_up Up.\n"
+        "# TYPE swtpm_prop_up gauge\n"
+        "swtpm_prop_up 1\n"
+    )
+
+
+@pytest.fixture
+def page(listener: socket.socket, stopped: threading.Event, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(metrics, "METRICS_SECONDS", 0.2)
+    pages = {"/metrics": lambda: (200, "up 1\n"), "/health": lambda: (503, "no libvirt\n")}
+    with running(metrics.serve, listener, pages, stopped=stopped):
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_pages(page: str) -> None:
+    assert urllib.request.urlopen(f"{page}/metrics").read() == b"up 1\n"
+    for path, status in (("/health", 503), ("/none", 404)):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(page + path)
+        assert refused.value.code == status
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{page}/metrics", data=b"x")
+    assert refused.value.code == 400
+
+
+@pytest.mark.parametrize("request_", [b"", b"\r\n", b"GET", b"\xff" * 5000, b"GET \xff HTTP/1.1\r\n\r\n"])
+def test_odd_and_silent_requests_keep_nobody_waiting(page: str, listener: socket.socket, request_: bytes) -> None:
+    odd = connect(listener)
+    odd.sendall(request_)
+    assert urllib.request.urlopen(f"{page}/metrics", timeout=5).read() == b"up 1\n"
