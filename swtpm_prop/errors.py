@@ -53,6 +53,14 @@ class HostError(Error):
     """The host is not set up as this software needs it."""
 
 
+class AttestError(Error):
+    """Evidence, an enrolment or a certificate of the fleet is not acceptable."""
+
+
+class TransferError(Error):
+    """A guest's key cannot change hosts, or it is not known which host has the guest."""
+
+
 class UsageError(Error):
     """The command line makes no sense; exit status 2."""
 
