@@ -171,7 +171,7 @@ class Hardware:
     def epoch(self) -> int:
         """The newest epoch this TPM has heard of; approvals of an earlier one do not count any more."""
         counter = self._handle(policy.COUNTER_HANDLE)
-        return int.from_bytes(bytes(self._tpm.nv_read(counter, 8)), "big")
+        return int.from_bytes(bytes(self._tpm.nv_read(counter, policy.COUNTER_BYTES)), "big")
 
     @naming("the epoch counter cannot be raised")
     def raise_epoch(self, to: int) -> None:
@@ -202,6 +202,15 @@ class Hardware:
     def certify_parent(self, qualifying: bytes) -> Attestation:
         """The storage parent's Name and ``qualifying`` (at most 64 bytes), signed by the attestation key."""
         attest, signature = self._tpm.certify(self._parent, self._handle(AK_HANDLE), qualifying, _NO_SCHEME)
+        return Attestation(bytes(attest), signature.marshal())
+
+    @naming("the TPM cannot certify its epoch counter")
+    def certify_epoch(self, qualifying: bytes) -> Attestation:
+        """The whole epoch counter and ``qualifying`` (at most 64 bytes), signed by the attestation key."""
+        counter = self._handle(policy.COUNTER_HANDLE)
+        attest, signature = self._tpm.nv_certify(
+            self._handle(AK_HANDLE), counter, qualifying, _NO_SCHEME, policy.COUNTER_BYTES, 0, counter
+        )
         return Attestation(bytes(attest), signature.marshal())
 
     @naming("the credential cannot be opened")

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 COUNTER_HANDLE = 0x01805350
 """The epoch counter's NV index, in the owner's range (TCG registry of reserved handles, section 2.2)."""
 
+COUNTER_BYTES = 8
+"""What it holds, big endian (part 1 section 37.2.4.2)."""
+
 _COUNTER_ATTRIBUTES = 0x02060014
 """Of TPMA_NV: a counter (bits 7:4 = 1); read by owner and with the empty password, raised with the empty password; not
 under dictionary attack protection (part 2 section 13.4). Raising needs no owner: more epoch only ever closes."""
@@ -90,7 +93,7 @@ class KeyPolicy(NamedTuple):
 def counter_public(written: bool) -> bytes:
     """The epoch counter's TPMS_NV_PUBLIC (part 2 section 13.5): the same on every host."""
     attributes = _COUNTER_ATTRIBUTES | (_NV_WRITTEN if written else 0)
-    return struct.pack(">IHIHH", COUNTER_HANDLE, SHA256.id, attributes, 0, 8)
+    return struct.pack(">IHIHH", COUNTER_HANDLE, SHA256.id, attributes, 0, COUNTER_BYTES)
 
 
 def name(public: bytes) -> bytes:
@@ -134,8 +137,8 @@ def pcr_digest(pcrs: Mapping[int, bytes]) -> bytes:
 
 
 def epoch_operand(epoch: int) -> bytes:
-    """An epoch as the counter has it: 8 bytes, big endian."""
-    return epoch.to_bytes(8, "big")
+    """An epoch as the counter has it."""
+    return epoch.to_bytes(COUNTER_BYTES, "big")
 
 
 def to_sign(approval_policy: bytes, property: str) -> bytes:
