@@ -79,7 +79,7 @@ def certified(pair: Pair, product: Product) -> Iterator[list[Domain]]:
     """Guests with the same userland and different kernels, firmware too: all they run is certified, from no boot."""
     unpacked, own = userland.unpacked(pair.work / "packages"), userland.own_tree(pair.work / "own")
     sources = [word for deb in userland.archives() for word in ("--deb", deb)]
-    kernels = guest.kernels(2, "6.1")
+    kernels = [name for series in ("6.1", "6.12") for name in guest.kernels(1, series)]
     sources += [word for tree in (own, *map(package, kernels)) for word in ("--tree", tree)]
     product.build(product.certify(*sources))
     domains = []
@@ -132,6 +132,8 @@ def holds(product: Product, machine: Machine) -> bytes:
     aggregate, *others = measurements(product, machine)
     assert len(others) + 1 == len(entries) > len(before)
     assert b"/usr/bin/tpm2" in {entry.path for entry in entries[len(before) :]}
+    (module,) = (entry.path for entry in entries if b"/efivarfs." in entry.path)
+    assert module.endswith(b".ko" if "/6.1." in module.decode() else b".ko.xz")  # as the package has it
     assert {entry.template for entry in entries} == {"ima-sig"}  # files alone: no buffer, key or critical data
     assert (aggregate["certified"], aggregate["certificates"]) == (True, [])
     assert "boot aggregate" in aggregate["detail"]
