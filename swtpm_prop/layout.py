@@ -39,6 +39,10 @@ class Layout:
         """Says, across reboots, that this guest must never start without the layer."""
         return self.guests / uuid
 
+    def guest_key(self, uuid: str) -> Path:
+        """The record of the guest's key, sealed in this host's TPM."""
+        return self.keys / f"{uuid}.json"
+
     def state_key(self, uuid: str) -> Path:
         """What the guest's TPM state is encrypted under, 64 hexadecimal digits; gone once the guest has started."""
         return self.guest_run(uuid) / "state-key"

@@ -236,6 +236,9 @@ STATE_BYTES = 4 * 1024 * 1024
 STATE_LOG_BYTES = 4096
 """What is read of the end of the log of a swtpm that does not open a state; it writes 500 bytes."""
 
+KEY_RECORD_BYTES = 65536
+"""Largest record of a guest's key; one with two recovery keys has 2,000 bytes."""
+
 CONVERSION_SECONDS = 10
 """Longest swtpm may take for one step of a conversion; it takes 4 ms."""
 
@@ -246,3 +249,16 @@ TPM_LOCK_SECONDS = 30
 EPOCH_STEPS = 4096
 """Most steps to raise the epoch counter at once: a fleet revokes some times a year, a step takes 10 ms of hardware, and
 an NV cell wears out after some hundred thousand."""
+
+# -- transfer -----------------------------------------------------------------------------------
+MESSAGE_BYTES = 65536
+"""Largest message between two hosts; evidence, the largest, has 4 kB."""
+
+RECOVERY_KEYS = 16
+"""Most recovery keys a guest's key is wrapped to; each wrap has 500 bytes and travels with it."""
+
+ENDPOINT_CHARS = 260
+"""Longest ``host:port``."""
+
+REFUSAL_CHARS = 1000
+"""Longest text of a peer's refusal that is shown; ours have 300."""
