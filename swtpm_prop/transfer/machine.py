@@ -38,7 +38,8 @@ class State(StrEnum):
     # Either's.
     CANCELLED = "cancelled"  # the guest stays with the source; the peer is not known to know
     CLOSED = "closed"  # the same, and the peer knows
-    SETTLED = "settled"  # the guest is with the destination, and both know (or an operator at the source said: forget it)
+    # The destination's: the guest is its own, and the source knows. The source's: an operator lifted a release.
+    SETTLED = "settled"
 
 
 class Event(StrEnum):
@@ -48,7 +49,7 @@ class Event(StrEnum):
     RUNS = "runs"  # the guest is here, and no migration of it is under way (running, or paused by somebody's wish)
     GONE = "gone"  # no process of the guest is here
     MIGRATED = "migrated"  # the guest's process ended here because its migration succeeded
-    STAYED = "stayed"  # the guest is here, and what was started of it at the destination cannot come to run: see witness
+    STAYED = "stayed"  # the guest is here, and what was started of it at the destination cannot come to run any more
     NEVER_RAN = "never-ran"  # the process that should receive the guest is gone and is known not to have run it
     # Steps of this host's hooks.
     IMPORT = "import"  # the key is in this host's TPM
