@@ -14,21 +14,10 @@ from typing import NamedTuple
 import libvirt
 
 from swtpm_prop.domain.stamp import NAMESPACE, PREFIX
-from swtpm_prop.errors import HostError
 from swtpm_prop.limits import LIBVIRT_PROBE_SECONDS, LIBVIRT_PROBES, LIBVIRT_RETRY_SECONDS
+from swtpm_prop.transfer.machine import Presence
 
 LOCAL = "qemu:///system"
-
-
-class Presence(StrEnum):
-    """How a guest is here, if it is.
-
-    RUNS: its processors are this host's; a person may have paused them.
-    HALTED: a migration holds them: it comes and does not run yet, or goes and may run elsewhere already.
-    """
-
-    RUNS = "runs"
-    HALTED = "halted"
 
 
 class Happening(StrEnum):
@@ -46,7 +35,7 @@ class Event(NamedTuple):
     happening: Happening
 
 
-_HALTED = {
+_MIGRATES = {
     (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STARTED_MIGRATED),
     (libvirt.VIR_DOMAIN_EVENT_SUSPENDED, libvirt.VIR_DOMAIN_EVENT_SUSPENDED_MIGRATED),
     (libvirt.VIR_DOMAIN_EVENT_SUSPENDED, libvirt.VIR_DOMAIN_EVENT_SUSPENDED_POSTCOPY),
@@ -59,13 +48,16 @@ _HERE = {
 }
 
 
-def presence_after(event: int, detail: int) -> tuple[bool, Presence | None]:
-    """Whether a lifecycle event (virDomainEventType and its detail) says where the guest is, and what it says."""
-    if (event, detail) in _HALTED:
-        return True, Presence.HALTED
+_GONE = {libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_CRASHED}
+
+
+def presence_after(event: int, detail: int) -> Presence | None:
+    """What a lifecycle event (virDomainEventType and its detail) says of the guest; None for one that says nothing."""
+    if (event, detail) in _MIGRATES:
+        return Presence.PRESENT
     if event in _HERE:
-        return True, Presence.RUNS
-    return event in (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_CRASHED), None
+        return Presence.RUNS
+    return Presence.GONE if event in _GONE else None
 
 
 class Guests:
@@ -81,7 +73,7 @@ class Guests:
         self._uri = uri
         self._tell = tell
         self._lock = threading.Lock()
-        self._presence: dict[str, Presence | None] = {}  # None: it was here
+        self._presence: dict[str, Presence] = {}
         self._connection: libvirt.virConnect | None = None
         self._lost = threading.Event()
         self._stopped = threading.Event()
@@ -105,16 +97,21 @@ class Guests:
         """Whether libvirt tells us what happens."""
         return self._connection is not None
 
-    def presence(self, uuid: str) -> Presence | None:
-        """How the guest is here; None: it is not.
+    def presence(self, uuid: str) -> Presence:
+        """What events said of the guest; UNSEEN while there is no libvirt to tell.
 
-        Raises:
-            HostError: ``agent.no-libvirt``: nobody knows at the moment.
+        A guest that was seen to run counts as RUNS until the last moment of a migration, see `busy`.
         """
         with self._lock:
-            if self._connection is None:
-                raise _unknown("the agent has no connection to libvirt")
-            return self._presence.get(uuid)
+            return Presence.UNSEEN if self._connection is None else self._presence.get(uuid, Presence.GONE)
+
+    def busy(self, uuid: str) -> bool:
+        """Whether libvirt is at work on the guest, say migrating it; True if it cannot be asked. Waits for hooks."""
+        connection = self._connection
+        try:
+            return connection is None or _busy(connection.lookupByUUIDString(uuid))
+        except libvirt.libvirtError:
+            return True
 
     def running(self) -> list[str]:
         """UUIDs of the guests that run here, as far as is known."""
@@ -181,22 +178,22 @@ class Guests:
         return connection
 
     def _lifecycle(self, _: object, domain: libvirt.virDomain, event: int, detail: int, __: object) -> None:
-        says, presence = presence_after(event, detail)
-        if not says:
+        presence = presence_after(event, detail)
+        if presence is None:
             return
         uuid = str(domain.UUIDString())
         with self._lock:
             before = self._presence.get(uuid)
             self._presence[uuid] = presence
         moved = (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED)
-        if presence is None:
+        if presence is Presence.GONE:
             self._tell(Event(uuid, Happening.MOVED if (event, detail) == moved else Happening.ENDED))
         elif presence is Presence.RUNS and before is not presence:
             self._tell(Event(uuid, Happening.RUNS))
 
 
-def _listed(connection: libvirt.virConnect) -> dict[str, Presence | None]:
-    found: dict[str, Presence | None] = {}
+def _listed(connection: libvirt.virConnect) -> dict[str, Presence]:
+    found: dict[str, Presence] = {}
     for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
         try:
             state = tuple(domain.state())
@@ -214,7 +211,7 @@ def presence_of(state: int, reason: int) -> Presence:
         libvirt.VIR_DOMAIN_PAUSED_POSTCOPY,
         libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED,
     )
-    return Presence.HALTED if state == libvirt.VIR_DOMAIN_PAUSED and reason in halted else Presence.RUNS
+    return Presence.PRESENT if state == libvirt.VIR_DOMAIN_PAUSED and reason in halted else Presence.RUNS
 
 
 def _busy(domain: libvirt.virDomain) -> bool:
@@ -230,7 +227,3 @@ def _close(connection: libvirt.virConnect) -> None:
         connection.close()
     except libvirt.libvirtError:
         return  # the daemon has gone: there is nothing to close
-
-
-def _unknown(why: str) -> HostError:
-    return HostError("agent.no-libvirt", why, "see that libvirtd or virtqemud runs, and try again")

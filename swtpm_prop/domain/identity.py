@@ -27,11 +27,13 @@ class Identity(NamedTuple):
         uuid: the guest's UUID in lower case, as libvirt writes it; empty if the XML has none.
         concerned: an element or attribute is in a namespace of ours, other than the agent's stamp.
         stamp: the attributes of the agent's stamp; empty where the metadata has none, or several.
+        name: the guest's name, which may be anything without a slash or a line's end.
     """
 
     uuid: str
     concerned: bool
     stamp: Mapping[str, str] = MappingProxyType({})
+    name: str = ""
 
 
 def scan(xml: bytes, most: int = DOMAIN_XML_BYTES) -> Identity:
@@ -48,7 +50,7 @@ def scan(xml: bytes, most: int = DOMAIN_XML_BYTES) -> Identity:
     found.run(xml)
     uuid = "".join(found.uuid).strip()
     stamp = found.stamps[0] if len(found.stamps) == 1 else {}
-    return Identity(uuid if _UUID.fullmatch(uuid) else "", found.concerned, stamp)
+    return Identity(uuid if _UUID.fullmatch(uuid) else "", found.concerned, stamp, "".join(found.name))
 
 
 def identify(xml: bytes) -> Identity:
@@ -73,6 +75,7 @@ class _Scan:
     def __init__(self) -> None:
         self.concerned = False
         self.uuid: list[str] = []
+        self.name: list[str] = []
         self.stamps: list[dict[str, str]] = []
         self._path: list[str] = []
 
@@ -111,3 +114,5 @@ class _Scan:
     def _text(self, text: str) -> None:
         if self._path == ["domain", "uuid"]:
             self.uuid.append(text)
+        elif self._path == ["domain", "name"]:
+            self.name.append(text)

@@ -14,7 +14,7 @@ from swtpm_prop.layout import Layout
 
 def prepare(xml: bytes, layout: Layout) -> None:
     """Make the guest's start one with the layer if its XML speaks of us; else no marker may stop its plain start."""
-    uuid, concerned, _ = identify(xml)
+    uuid, concerned = identify(xml)[:2]
     if concerned:
         # Imported here because lxml and sqlite3 would double what every other call costs.
         from swtpm_prop.hook.prepare import lay_out

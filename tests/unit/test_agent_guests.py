@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 import libvirt
 import pytest
 
-from swtpm_prop.agent.guests import Event, Guests, Happening, Presence, presence_after, presence_of
+from swtpm_prop.agent.guests import Event, Guests, Happening, presence_after, presence_of
 from swtpm_prop.domain.identity import identify
 from swtpm_prop.domain.stamp import Stamp, read, to_xml
-from swtpm_prop.errors import HostError
+from swtpm_prop.transfer.machine import Presence
 
 URI = "test:///default"
+OTHER = "0b7a4d6e-8f5c-4a2b-9c3d-1e2f3a4b5c6d"
 STAMP = Stamp("alpha.example:4879", "alpha")
 
 
@@ -59,16 +60,21 @@ def test_follows_a_guest(domain: libvirt.virDomain, guests: Guests, told: queue.
     domain.resume()
     domain.destroy()
     assert told.get(timeout=5) == Event(uuid, Happening.ENDED)
-    assert guests.presence(uuid) is None
+    assert guests.presence(uuid) is Presence.GONE
     domain.create()
     assert told.get(timeout=5) == Event(uuid, Happening.RUNS)
     assert told.empty()
 
 
 def test_nobody_knows_before_libvirt_is_there(told: queue.Queue[Event]) -> None:
-    with pytest.raises(HostError) as refused:
-        Guests("test:///none/such", told.put).presence("0b7a4d6e-8f5c-4a2b-9c3d-1e2f3a4b5c6d")
-    assert refused.value.id == "agent.no-libvirt"
+    guests = Guests("test:///none/such", told.put)
+    assert guests.presence(OTHER) is Presence.UNSEEN
+    assert guests.busy(OTHER)
+
+
+def test_a_guest_is_busy_while_libvirt_is_at_work_on_it(domain: libvirt.virDomain, guests: Guests) -> None:
+    assert not guests.busy(domain.UUIDString())
+    assert guests.busy(OTHER)
 
 
 def test_goes_on_after_libvirt_was_away(domain: libvirt.virDomain, guests: Guests, told: queue.Queue[Event]) -> None:
@@ -84,44 +90,44 @@ def test_stamps_live_metadata(domain: libvirt.virDomain, guests: Guests) -> None
     assert read(identity) == STAMP
     assert not identity.concerned
     # a guest that has ended needs none
-    assert guests.stamp("0b7a4d6e-8f5c-4a2b-9c3d-1e2f3a4b5c6d", to_xml(STAMP))
+    assert guests.stamp(OTHER, to_xml(STAMP))
 
 
 @pytest.mark.parametrize(
     ("event", "says"),
     [
         # a migration as libvirt 9.0 tells of it: here the destination ...
-        ("STARTED_MIGRATED", Presence.HALTED),
+        ("STARTED_MIGRATED", Presence.PRESENT),
         ("RESUMED_MIGRATED", Presence.RUNS),
         # ... of a guest that a person had paused
         ("SUSPENDED_PAUSED", Presence.RUNS),
         # ... in post-copy mode
         ("RESUMED_POSTCOPY", Presence.RUNS),
         # ... and here the source
-        ("SUSPENDED_MIGRATED", Presence.HALTED),
-        ("SUSPENDED_POSTCOPY", Presence.HALTED),
-        ("SUSPENDED_POSTCOPY_FAILED", Presence.HALTED),
-        ("STOPPED_MIGRATED", None),
-        ("STOPPED_FAILED", None),
-        ("STOPPED_CRASHED", None),
-        ("CRASHED_PANICKED", None),
+        ("SUSPENDED_MIGRATED", Presence.PRESENT),
+        ("SUSPENDED_POSTCOPY", Presence.PRESENT),
+        ("SUSPENDED_POSTCOPY_FAILED", Presence.PRESENT),
+        ("STOPPED_MIGRATED", Presence.GONE),
+        ("STOPPED_FAILED", Presence.GONE),
+        ("STOPPED_CRASHED", Presence.GONE),
+        ("CRASHED_PANICKED", Presence.GONE),
         ("STARTED_BOOTED", Presence.RUNS),
         ("STARTED_RESTORED", Presence.RUNS),
     ],
 )
-def test_lifecycle_events_say_where_a_guest_is(event: str, says: Presence | None) -> None:
+def test_lifecycle_events_say_where_a_guest_is(event: str, says: Presence) -> None:
     kind = getattr(libvirt, f"VIR_DOMAIN_EVENT_{event.split('_')[0]}")
-    assert presence_after(kind, getattr(libvirt, f"VIR_DOMAIN_EVENT_{event}")) == (True, says)
+    assert presence_after(kind, getattr(libvirt, f"VIR_DOMAIN_EVENT_{event}")) is says
 
 
 @pytest.mark.parametrize("event", ["DEFINED", "UNDEFINED", "SHUTDOWN", "PMSUSPENDED"])
 def test_others_say_nothing(event: str) -> None:
-    assert presence_after(getattr(libvirt, f"VIR_DOMAIN_EVENT_{event}"), 0) == (False, None)
+    assert presence_after(getattr(libvirt, f"VIR_DOMAIN_EVENT_{event}"), 0) is None
 
 
 def test_a_list_says_where_guests_are() -> None:
     assert presence_of(libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_RUNNING_MIGRATED) is Presence.RUNS
     assert presence_of(libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER) is Presence.RUNS
-    assert presence_of(libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION) is Presence.HALTED
+    assert presence_of(libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION) is Presence.PRESENT
     # reasons of other states have the same numbers
     assert presence_of(libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_PAUSED_MIGRATION) is Presence.RUNS

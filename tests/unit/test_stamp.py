@@ -58,3 +58,8 @@ def test_counts_in_its_place_only() -> None:
 def test_another_namespace_of_ours_is_still_noticed() -> None:
     assert identify(domain(STAMP.replace("agent:1", "agent:2").format("alpha:1", "alpha"))).concerned
     assert identify(domain(STAMP.format("alpha:1", "alpha"), "<p:x xmlns:p='urn:swtpm-prop:domain:1'/>")).concerned
+
+
+def test_the_name_is_the_domains_own() -> None:
+    named = domain(elsewhere="<name>a&amp;b\t..</name><x><name>no</name></x>")
+    assert identify(named).name == "a&b\t.."
