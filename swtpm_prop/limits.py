@@ -167,6 +167,9 @@ FLEET_CERTIFICATE_BYTES = 16384
 REVOCATIONS_BYTES = 4 * 1024 * 1024
 """Largest revocation list; 50,000 revoked certificates have 2 MB."""
 
+FLEET_RECORD_BYTES = 32 * 1024 * 1024
+"""Largest record of who was admitted to a fleet; 50,000 admissions have 20 MB."""
+
 FLEET_DAYS = {"ca": 3650, "host": 730, "revocations": 120}
 """How long the fleet's signatures are good. The list of what is revoked is signed anew three times a year by an
 offline key, like a store's targets; hosts enrol again every other year."""
@@ -262,3 +265,13 @@ ENDPOINT_CHARS = 260
 
 REFUSAL_CHARS = 1000
 """Longest text of a peer's refusal that is shown; ours have 300."""
+
+APPROVALS = 1024
+"""Most states in an approval list: a fleet of 20 kinds of machines with 50 states of each; a host checks all signatures
+whenever it reads the list, 0.1 ms each."""
+
+APPROVAL_LIST_BYTES = 4 * 1024 * 1024
+"""Largest approval list; a state of 24 PCRs with the longest names has 3 kB, and a third more in its envelope."""
+
+LABEL_CHARS = 128
+"""Longest label of a state; a kind of machine, its firmware's version and its kernel's take 60."""

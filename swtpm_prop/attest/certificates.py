@@ -238,7 +238,7 @@ def load_ca(pem: bytes) -> x509.Certificate:
         found = x509.load_pem_x509_certificate(pem)
         constraints = found.extensions.get_extension_for_class(x509.BasicConstraints).value
         usage = found.extensions.get_extension_for_class(x509.KeyUsage).value
-        _require(constraints.ca and usage.key_cert_sign and usage.crl_sign and _is_p256(found.public_key()))
+        _require(constraints.ca and usage.key_cert_sign and usage.crl_sign and is_p256(found.public_key()))
         found.verify_directly_issued_by(found)
     return found
 
@@ -323,7 +323,7 @@ def _contents(found: x509.Certificate) -> Contents:
         _require(isinstance(name, x509.DNSName) and _HOST.fullmatch(name.value) is not None)
         _require(len(name.value) <= HOST_NAME_CHARS)
         key = found.public_key()
-        _require(isinstance(key, ec.EllipticCurvePublicKey) and _is_p256(key))
+        _require(isinstance(key, ec.EllipticCurvePublicKey) and is_p256(key))
         window = (int(found.not_valid_before_utc.timestamp()), int(found.not_valid_after_utc.timestamp()))
     return Contents(name.value, key, found.serial_number, *window)  # type: ignore[arg-type]
 
@@ -406,7 +406,8 @@ def _check_size(data: bytes, most: int, bad: AttestError) -> None:
         raise bad
 
 
-def _is_p256(key: object) -> bool:
+def is_p256(key: object) -> bool:
+    """Whether it is a public key on P-256."""
     return isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1)
 
 

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from tpm2_pytss.constants import TPM2_GENERATED, TPM2_ST
 from tpm2_pytss.types import TPMS_ATTEST
 
-from swtpm_prop.attest import certificates, keys, structures, wire
+from swtpm_prop.attest import certificates, structures, tpm_keys, wire
 from swtpm_prop.attest.certificates import Kind
 from swtpm_prop.attest.structures import FOREIGN
 from swtpm_prop.custody.hardware import Hardware
@@ -116,7 +116,7 @@ def verify(evidence: Evidence, binding: bytes, ca: bytes, crl: bytes, host_name:
         now: seconds since the epoch.
 
     Raises:
-        AttestError: (1) as `certificates.verify`; (2) ``attest.other-host``; (3) as `keys.check_parent`;
+        AttestError: (1) as `certificates.verify`; (2) ``attest.other-host``; (3) as `tpm_keys.check_parent`;
             (4, 5, 6) with W of ``certify``, ``quote``, ``epoch``: ``attest.W-malformed``, ``attest.W-signature``,
             ``attest.W-magic``, ``attest.W-type``, ``attest.W-binding``; (4) ``attest.certify-name``;
             (5) ``attest.pcrs``, ``attest.quote-selection``, ``attest.quote-pcrs``; (6) ``attest.epoch-index``;
@@ -128,7 +128,7 @@ def verify(evidence: Evidence, binding: bytes, ca: bytes, crl: bytes, host_name:
     if host != host_name:
         raise AttestError("attest.other-host", f"'{host_name}' shows evidence of '{host}'", FOREIGN)
     # 3
-    parent = keys.check_parent(evidence.parent_public)
+    parent = tpm_keys.check_parent(evidence.parent_public)
     # 4
     key = certificates.read(evidence.ak_certificate).key
     certify = _attested(evidence.certify, "certify", TPM2_ST.ATTEST_CERTIFY, key, binding)

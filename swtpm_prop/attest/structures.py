@@ -14,7 +14,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from tpm2_pytss.constants import TPM2_ALG, TPM2_ECC
 from tpm2_pytss.TSS2_Exception import TSS2_Exception
-from tpm2_pytss.types import TPM2B_PUBLIC, TPMS_ATTEST, TPMT_PUBLIC, TPMT_SIGNATURE
+from tpm2_pytss.types import (
+    TPM2B_ENCRYPTED_SECRET,
+    TPM2B_ID_OBJECT,
+    TPM2B_PUBLIC,
+    TPMS_ATTEST,
+    TPMT_PUBLIC,
+    TPMT_SIGNATURE,
+)
 
 from swtpm_prop.errors import AttestError
 from swtpm_prop.limits import TPM_STRUCTURE_BYTES
@@ -46,6 +53,16 @@ def attest(data: bytes, what: str) -> TPMS_ATTEST:
         AttestError: ``attest.<what>-malformed``.
     """
     return _unmarshal(TPMS_ATTEST, data, what)
+
+
+def check_credential(credential: bytes, secret: bytes, what: str) -> None:
+    """Check the form of a TPM2B_ID_OBJECT and its TPM2B_ENCRYPTED_SECRET.
+
+    Raises:
+        AttestError: ``attest.<what>-malformed``.
+    """
+    _unmarshal(TPM2B_ID_OBJECT, credential, what)
+    _unmarshal(TPM2B_ENCRYPTED_SECRET, secret, what)
 
 
 def name(public_area: TPMT_PUBLIC) -> bytes:

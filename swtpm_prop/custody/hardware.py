@@ -220,14 +220,17 @@ class Hardware:
         Args:
             credential_blob: TPM2B_ID_OBJECT.
             secret: TPM2B_ENCRYPTED_SECRET.
+
+        Raises:
+            HostError: ``tpm.foreign-credential``.
         """
         blob, _ = TPM2B_ID_OBJECT.unmarshal(credential_blob)
         seed, _ = TPM2B_ENCRYPTED_SECRET.unmarshal(secret)
         with self._session(TPM2_SE.HMAC) as answer, self._session(TPM2_SE.POLICY) as endorsed:
             self._tpm.policy_secret(ESYS_TR.ENDORSEMENT, endorsed, expiration=0)
-            opened = self._tpm.activate_credential(
-                self._handle(AK_HANDLE), self._handle(EK_HANDLE), blob, seed, session1=answer, session2=endorsed
-            )
+            ak, ek = self._handle(AK_HANDLE), self._handle(EK_HANDLE)
+            with refusals.of_credential():
+                opened = self._tpm.activate_credential(ak, ek, blob, seed, session1=answer, session2=endorsed)
         return bytes(opened)
 
     # -- secrets --------------------------------------------------------------------------------

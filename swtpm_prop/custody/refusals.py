@@ -100,6 +100,18 @@ def of_object() -> Iterator[None]:
 
 
 @contextmanager
+def of_credential() -> Iterator[None]:
+    """TPM2_ActivateCredential: not made for this endorsement key, or not for this attestation key."""
+    with _when(
+        (_INTEGRITY, _VALUE, 0x095, 0x092),
+        "tpm.foreign-credential",
+        "it was made for another TPM, or is damaged",
+        "take the answer to this host's own newest request",
+    ):
+        yield
+
+
+@contextmanager
 def of_handle() -> Iterator[None]:
     """Something that `Hardware.initialise` makes is not there."""
     with _when(
