@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 import swtpm_prop
+from swtpm_prop.custody.keys import migration_key
 from swtpm_prop.layout import Layout
 
 USER = "tss"
@@ -331,6 +332,11 @@ class LayerHost:
         layer = {"version": 1, "uuid": uuid, "index": str(self.layout.index), "log": str(log), "banks": banks}
         self._guest_file(run / "pcr-banks", active + "\n")
         return self._guest_file(run / "layer.json", json.dumps(layer))
+
+    def take_into_custody(self, key: bytes, *, uuid: str = UUID) -> None:
+        """What the hook writes besides for a guest whose key is in custody (call ``opt_in`` before)."""
+        self._guest_file(self.layout.state_key(uuid), key.hex())
+        self._guest_file(self.layout.migration_key(uuid), migration_key(key).hex())
 
     def tpm(self, base: Path, *, uuid: str = UUID, options: Sequence[str] = ()) -> Tpm:
         """A swtpm started through the shim (call ``opt_in`` before)."""

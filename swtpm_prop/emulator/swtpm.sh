@@ -25,6 +25,10 @@ shift
 [ -r '@RUN@'/"$prop_guest"/layer.json ] || prop_refuse \
     "@RUN@/$prop_guest/layer.json is missing or not readable for this user" layer.config-unreadable \
     'shut the guest down and start it again; the hook writes this file'
+prop_find_key
+# swtpm reads the keys itself, before it takes its first command: arguments and environment hold none.
+[ -z "$prop_key" ] || set -- "$@" --key "file=$prop_key,mode=aes-256-cbc,format=hex" \
+    --migration-key "file=@RUN@/$prop_guest/migration-key,mode=aes-256-cbc,format=hex"
 export SWTPM_PROP_LAYER='@RUN@'/"$prop_guest"/layer.json
 export LD_PRELOAD='@PRELOAD@'"${LD_PRELOAD:+:$LD_PRELOAD}"
 exec "$prop_real" "$prop_word" "$@"

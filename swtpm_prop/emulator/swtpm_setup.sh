@@ -22,5 +22,7 @@ prop_banks=''
 [ -n "$prop_banks" ] || prop_refuse \
     "@RUN@/$prop_guest/pcr-banks is missing, empty or not readable for this user" layer.banks-unreadable \
     'shut the guest down and start it again; the hook writes this file'
+prop_find_key
+[ -z "$prop_key" ] || set -- "$@" --keyfile "$prop_key" --cipher aes-256-cbc
 # Of several --pcr-banks swtpm_setup takes the last.
 exec "$prop_real" "$@" --pcr-banks "$prop_banks"

@@ -146,6 +146,21 @@ def test_setup_activates_the_banks_and_finds_the_real_swtpm(shimmed: Shimmed) ->
     assert f"PATH={shimmed.real}:/usr/bin:/bin" in started
 
 
+def test_in_custody_both_programs_get_the_files_of_the_keys_and_never_the_keys(shimmed: Shimmed) -> None:
+    shimmed.opt_in()
+    run = shimmed.layout.guest_run(UUID)
+    for name in ("state-key", "migration-key"):
+        (run / name).write_text("ab" * 32)
+    started = shimmed.started("swtpm", ["socket", "--tpmstate", STATE])
+    form = "mode=aes-256-cbc,format=hex"
+    keys = ["--key", f"file={run}/state-key,{form}", "--migration-key", f"file={run}/migration-key,{form}"]
+    assert started[1:8] == ["Socket", "--tpmstate", STATE, *keys]
+    setup = shimmed.started("swtpm_setup", ["--tpm2", "--tpm-state", STATE.removeprefix("dir=")])
+    keys = ["--keyfile", f"{run}/state-key", "--cipher", "aes-256-cbc"]
+    assert setup[4:10] == [*keys, "--pcr-banks", "sha256,sha384"]
+    assert "ab" * 32 not in "".join(started + setup)
+
+
 def test_our_directory_under_another_name_is_not_the_real_program(shimmed: Shimmed, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(shimmed.layout.libexec)
@@ -189,6 +204,24 @@ def test_what_is_missing_is_refused_in_one_line(shimmed: Shimmed, name: str, los
     assert f" [{id}]: " in ran.stderr
     if name == "swtpm_setup":
         assert log.read_text() == ran.stderr
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name", ["swtpm", "swtpm_setup"])
+@pytest.mark.parametrize("lost", ["state-key", "migration-key"])
+def test_a_key_that_cannot_be_read_is_no_start_without_one(directory: Path, name: str, lost: str) -> None:
+    shimmed = Shimmed(directory)
+    shimmed.opt_in()
+    for key in ("state-key", "migration-key"):
+        path = shimmed.layout.guest_run(UUID) / key
+        path.write_text("ab" * 32)
+        path.chmod(0o600 if key == lost else 0o644)
+    ran = subprocess.run(
+        [shimmed.layout.libexec / name, "socket", "--tpmstate", STATE],
+        capture_output=True, text=True, user="tss", group="tss", extra_groups=[],
+    )  # fmt: skip
+    assert ran.returncode == 1
+    assert "[layer.key-unreadable]" in ran.stderr
 
 
 @pytest.mark.root
