@@ -114,13 +114,12 @@ def of_credential() -> Iterator[None]:
 @contextmanager
 def of_handle() -> Iterator[None]:
     """Something that `Hardware.initialise` makes is not there."""
-    with _when(
-        (_HANDLE, _NV_UNINITIALIZED),
-        "tpm.not-initialised",
-        "the host's TPM has no keys of swtpm-prop",
-        "'swtpm-prop host init'",
-    ):
+    try:
         yield
+    except TSS2_Exception as error:
+        if is_missing(error):
+            raise _not_initialised() from error
+        raise
 
 
 def is_missing(error: TSS2_Exception) -> bool:
@@ -144,6 +143,8 @@ def _named(error: TSS2_Exception, what: str) -> HostError:
         return HostError(
             "tpm.unreachable", f"{what}: {error}", "see that the TPM is there; host.toml names it as tpm.tcti"
         )
+    if code == _NV_UNINITIALIZED:
+        return _not_initialised()
     if code == _INITIALIZE:
         return HostError("tpm.not-started", f"{what}: no firmware has started it", "restart the host; see its firmware")
     if code in (_AUTH_FAIL, _BAD_AUTH):
@@ -153,6 +154,12 @@ def _named(error: TSS2_Exception, what: str) -> HostError:
             "take it away for the moment: 'tpm2_changeauth -c owner', 'tpm2_changeauth -c endorsement'",
         )
     return HostError("tpm.failed", f"{what}: {error} ({error.rc:#x})", "see the TPM's documentation for the code")
+
+
+def _not_initialised() -> HostError:
+    return HostError(
+        "tpm.not-initialised", "the host's TPM has not all keys and counters of swtpm-prop", "'swtpm-prop host init'"
+    )
 
 
 def _code(error: TSS2_Exception) -> int | None:
