@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from swtpm_prop.doctor import access, confinement, daemon, guests, index, installation, rehearsal, swtpm
+from swtpm_prop.doctor import access, confinement, custody, daemon, guests, index, installation, rehearsal, swtpm
 from swtpm_prop.doctor.finding import Finding, Patient, problem, warning
 from swtpm_prop.errors import Error
 
@@ -23,6 +23,11 @@ CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
     confinement.apparmor,
     confinement.selinux,
     guests.guests,
+    custody.tpm,
+    custody.enrolment,
+    custody.approvals,
+    custody.recovery,
+    custody.agent,
 )
 
 

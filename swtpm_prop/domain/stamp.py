@@ -11,8 +11,8 @@ from swtpm_prop.domain.identity import STAMP, Identity
 NAMESPACE = STAMP
 PREFIX = "agent"
 
-_ENDPOINT = re.compile(r"(?:[0-9A-Za-z._-]{1,253}|\[[0-9A-Fa-f:.%a-z]{2,64}\]):[0-9]{1,5}")
-_HOST = re.compile(r"[0-9A-Za-z._-]{1,253}")
+_ENDPOINT = re.compile(r"(?:[0-9A-Za-z.\-]{1,253}|\[[0-9A-Fa-f:.]{2,64}\]):[0-9]{1,5}")
+_HOST = re.compile(r"[0-9a-z.\-]{1,253}")
 
 
 class Stamp(NamedTuple):
