@@ -28,12 +28,14 @@ class State(StrEnum):
     MOVED = "moved"  # the guest was seen to leave for the destination
     YIELDED = "yielded"  # the destination says that it runs the guest; its process here is not seen to be gone yet
     RELEASED = "released"  # it has gone: key and TPM state are destroyed here; stays as the sign of where it went
+    KEPT = "kept"  # as cancelled, by an operator's word
     # The destination's.
     ASKED = "asked"  # the key is asked for, not here
     IMPORTED = "imported"  # the key is here, in this journal; nothing was started with it
     ARRIVING = "arriving"  # a process was started to receive the guest
     LEFT = "left"  # that process is gone, and nobody saw whether the guest had run in it
     ACTIVATED = "activated"  # the guest ran here: this host has it
+    CLAIMED = "claimed"  # as activated, by an operator's word
     OVERRULED = "overruled"  # the source has the guest after all; a process of it here must go
     # Either's.
     CANCELLED = "cancelled"  # the guest stays with the source; the peer is not known to know
@@ -63,7 +65,9 @@ class Event(StrEnum):
     PEER_MOVED = "peer-moved"
     PEER_RELEASED = "peer-released"
     PEER_ACTIVATED = "peer-activated"
+    PEER_CLAIMED = "peer-claimed"
     PEER_CANCELLED = "peer-cancelled"
+    PEER_KEPT = "peer-kept"
     PEER_UNKNOWN = "peer-unknown"  # it has no such transfer
 
 
@@ -110,14 +114,16 @@ SOURCE: dict[State, dict[Event, Step]] = {
         E.STAYED: Step(S.CANCELLED),
         E.SUPERSEDE: Step(S.CLOSED),
         E.PEER_ACTIVATED: Step(S.YIELDED),
+        E.PEER_CLAIMED: Step(S.YIELDED),
         E.PEER_CANCELLED: Step(S.CLOSED),
-        E.HERE: Step(S.CANCELLED),
+        E.HERE: Step(S.KEPT),
         E.THERE: Step(S.MOVED),
     },
     S.MOVED: {
         E.PEER_ACTIVATED: Step(S.YIELDED),
+        E.PEER_CLAIMED: Step(S.YIELDED),
         E.PEER_CANCELLED: Step(S.CLOSED),
-        E.HERE: Step(S.CANCELLED),
+        E.HERE: Step(S.KEPT),
     },
     S.YIELDED: {
         E.GONE: Step(S.RELEASED, (A.DESTROY_KEY, A.REMOVE_STATE)),
@@ -126,6 +132,12 @@ SOURCE: dict[State, dict[Event, Step]] = {
     },
     S.RELEASED: {E.HERE: Step(S.SETTLED)},
     S.CANCELLED: {
+        E.SUPERSEDE: Step(S.CLOSED),
+        E.PEER_CLAIMED: Step(S.YIELDED),
+        E.PEER_CANCELLED: Step(S.CLOSED),
+        E.PEER_UNKNOWN: Step(S.CLOSED),
+    },
+    S.KEPT: {
         E.SUPERSEDE: Step(S.CLOSED),
         E.PEER_CANCELLED: Step(S.CLOSED),
         E.PEER_UNKNOWN: Step(S.CLOSED),
@@ -139,11 +151,13 @@ DESTINATION: dict[State, dict[Event, Step]] = {
         E.IMPORT: Step(S.IMPORTED),
         E.ABANDON: Step(S.CANCELLED, (A.FORGET_KEY,)),
         E.PEER_CANCELLED: Step(S.CLOSED, (A.FORGET_KEY,)),
+        E.PEER_KEPT: Step(S.CLOSED, (A.FORGET_KEY,)),
     },
     S.IMPORTED: {
         E.ARRIVE: Step(S.ARRIVING),
         E.ABANDON: Step(S.CANCELLED, (A.FORGET_KEY,)),
         E.PEER_CANCELLED: Step(S.CLOSED, (A.FORGET_KEY,)),
+        E.PEER_KEPT: Step(S.CLOSED, (A.FORGET_KEY,)),
     },
     S.ARRIVING: {
         E.RUNS: Step(S.ACTIVATED, (A.ADOPT_KEY,)),
@@ -152,19 +166,27 @@ DESTINATION: dict[State, dict[Event, Step]] = {
         E.PEER_MOVED: Step(S.ACTIVATED, (A.ADOPT_KEY,)),
         E.PEER_RELEASED: Step(S.ACTIVATED, (A.ADOPT_KEY,)),
         E.PEER_CANCELLED: Step(S.OVERRULED, (A.HALT,)),
+        E.PEER_KEPT: Step(S.OVERRULED, (A.HALT,)),
     },
     S.LEFT: {
         E.NEVER_RAN: Step(S.CANCELLED, (A.FORGET_KEY,)),
         E.PEER_MOVED: Step(S.ACTIVATED, (A.ADOPT_KEY,)),
         E.PEER_RELEASED: Step(S.ACTIVATED, (A.ADOPT_KEY,)),
         E.PEER_CANCELLED: Step(S.CLOSED, (A.FORGET_KEY,)),
-        E.HERE: Step(S.ACTIVATED, (A.ADOPT_KEY,)),
+        E.PEER_KEPT: Step(S.CLOSED, (A.FORGET_KEY,)),
+        E.HERE: Step(S.CLAIMED, (A.ADOPT_KEY,)),
         E.THERE: Step(S.CANCELLED, (A.FORGET_KEY,)),
     },
     S.ACTIVATED: {
         E.PEER_RELEASED: Step(S.SETTLED),
         E.PEER_UNKNOWN: Step(S.SETTLED),
         E.PEER_CANCELLED: Step(S.OVERRULED, (A.HALT,)),
+        E.PEER_KEPT: Step(S.OVERRULED, (A.HALT,)),
+    },
+    S.CLAIMED: {
+        E.PEER_RELEASED: Step(S.SETTLED),
+        E.PEER_UNKNOWN: Step(S.SETTLED),
+        E.PEER_KEPT: Step(S.OVERRULED, (A.HALT,)),
     },
     S.OVERRULED: {
         E.RUNS: Step(S.OVERRULED, (A.HALT,)),
@@ -173,6 +195,7 @@ DESTINATION: dict[State, dict[Event, Step]] = {
     },
     S.CANCELLED: {
         E.PEER_CANCELLED: Step(S.CLOSED, (A.FORGET_KEY,)),
+        E.PEER_KEPT: Step(S.CLOSED, (A.FORGET_KEY,)),
         E.PEER_UNKNOWN: Step(S.CLOSED, (A.FORGET_KEY,)),
     },
     S.CLOSED: {},
@@ -192,6 +215,7 @@ GATES: dict[Side, dict[State, Gate]] = {
         S.YIELDED: Gate.REFUSE,
         S.RELEASED: Gate.REFUSE,
         S.CANCELLED: Gate.START,
+        S.KEPT: Gate.START,
         S.CLOSED: Gate.START,
         S.SETTLED: Gate.START,
     },
@@ -201,6 +225,7 @@ GATES: dict[Side, dict[State, Gate]] = {
         S.ARRIVING: Gate.ASK_THEN_REFUSE,
         S.LEFT: Gate.ASK_THEN_REFUSE,
         S.ACTIVATED: Gate.ASK_THEN_START,
+        S.CLAIMED: Gate.ASK_THEN_START,
         S.OVERRULED: Gate.REFUSE,
         S.CANCELLED: Gate.REFUSE,
         S.CLOSED: Gate.REFUSE,
@@ -210,8 +235,10 @@ GATES: dict[Side, dict[State, Gate]] = {
 """For an ordinary start. The start that receives a guest needs `State.IMPORTED` and is the event `Event.ARRIVE`."""
 
 UNFINISHED = {
-    Side.SOURCE: frozenset({S.OFFERED, S.MOVED, S.YIELDED, S.CANCELLED}),
-    Side.DESTINATION: frozenset({S.ASKED, S.IMPORTED, S.ARRIVING, S.LEFT, S.ACTIVATED, S.OVERRULED, S.CANCELLED}),
+    Side.SOURCE: frozenset({S.OFFERED, S.MOVED, S.YIELDED, S.CANCELLED, S.KEPT}),
+    Side.DESTINATION: frozenset(
+        {S.ASKED, S.IMPORTED, S.ARRIVING, S.LEFT, S.ACTIVATED, S.CLAIMED, S.OVERRULED, S.CANCELLED}
+    ),
 }
 """States in which this side still has something to learn or to tell."""
 
@@ -253,6 +280,7 @@ def heard(side: Side, word: State | None) -> Event | None:
 _HEARD: dict[Side, dict[State, Event]] = {
     Side.SOURCE: {
         S.ACTIVATED: E.PEER_ACTIVATED,
+        S.CLAIMED: E.PEER_CLAIMED,
         S.SETTLED: E.PEER_ACTIVATED,
         S.CANCELLED: E.PEER_CANCELLED,
         S.CLOSED: E.PEER_CANCELLED,
@@ -261,6 +289,7 @@ _HEARD: dict[Side, dict[State, Event]] = {
         S.MOVED: E.PEER_MOVED,
         S.RELEASED: E.PEER_RELEASED,
         S.SETTLED: E.PEER_RELEASED,
+        S.KEPT: E.PEER_KEPT,
         S.CANCELLED: E.PEER_CANCELLED,
         S.CLOSED: E.PEER_CANCELLED,
     },

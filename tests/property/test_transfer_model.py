@@ -1,0 +1,369 @@
+"""Every world that the two sides of a transfer can get into: no order of messages, crashes and outcomes is left out.
+
+The world is both journals, both processes of the guest, libvirt's migration between them, what was ever said (anything
+that was said may arrive late, twice, in any order or never), and what an operator promised. Transitions are whatever
+hosts, libvirt, network and operator may do; the machine under test decides the rest.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
+import pytest
+
+from swtpm_prop.transfer import machine
+from swtpm_prop.transfer.machine import Action, Event, Gate, Presence, Side, State
+
+S, E = State, Event
+SOURCE, DESTINATION = Side.SOURCE, Side.DESTINATION
+
+# How far libvirt is.
+IDLE, ASKING, STREAMING, SWITCHED, OVER = "idle", "asking", "streaming", "switched", "over"
+# A guest's process. HALTED: paused by libvirt to switch over, or by us.
+NONE, WAITS, RUNS, HALTED, GONE = "none", "waits", "runs", "halted", "gone"
+
+
+class World(NamedTuple):
+    source: State | None = None
+    destination: State | None = None
+    source_due: bool = False  # the actions of the state are journalled, not done
+    destination_due: bool = False
+    source_key: bool = True
+    destination_key: bool = False
+    phase: str = IDLE
+    here: str = RUNS  # the guest's process at the source
+    there: str = NONE
+    ran_there: bool = False
+    was_paused: bool = False  # at the source, to switch over
+    split: bool = False  # libvirt lost the answer of the last phase and made both run
+    migrated: bool = False  # the source's host can see that its process ended by a migration
+    never_ran: bool = False  # the destination's host can see that its process ended before the guest ran
+    said_here: frozenset[State] = frozenset()
+    said_there: frozenset[State] = frozenset()
+    spoken: bool = False  # an operator said where the guest is
+    promised: Side | None = None  # the side on which an operator promised to start nothing before it has heard
+
+
+DECIDING = {
+    side: frozenset(word for word in State if machine.heard(side, word) or word is S.LEFT)
+    for side in Side
+}  # fmt: skip
+
+
+def moved_on(world: World, side: Side, event: Event) -> World:
+    """The world after the side has journalled what the event leads to; its actions are due."""
+    state = world.source if side is SOURCE else world.destination
+    if state is None:
+        return world
+    step = machine.step(side, state, event)
+    if step.state is state and not step.actions:
+        return world
+    if step.state is state:
+        assert step.actions == (Action.HALT,)
+        return world._replace(here=HALTED) if side is SOURCE else world._replace(there=HALTED)
+    if side is SOURCE:
+        said = world.said_here | {step.state} & DECIDING[DESTINATION]
+        return world._replace(source=step.state, source_due=bool(step.actions), said_here=said)
+    said = world.said_there | {step.state} & DECIDING[SOURCE]
+    return world._replace(destination=step.state, destination_due=bool(step.actions), said_there=said)
+
+
+def offers(side: Side, state: State | None, event: Event) -> bool:
+    return state is not None and event in machine.TABLE[side][state]
+
+
+def libvirt(world: World) -> Iterator[World]:
+    """What libvirt and the guest may do."""
+    if world.phase == STREAMING:
+        yield world._replace(phase=OVER)  # it failed; the destination's process ends later
+        if world.here == RUNS and world.there == WAITS:
+            yield world._replace(phase=SWITCHED, here=HALTED, was_paused=True)
+    if world.phase == SWITCHED:
+        if world.there == WAITS:
+            yield world._replace(there=RUNS, ran_there=True)
+        if world.there == RUNS and world.here != GONE:
+            yield world._replace(phase=OVER, here=GONE, migrated=True)
+            yield world._replace(phase=OVER, here=GONE)  # seen by nobody
+            yield world._replace(phase=OVER, here=RUNS, split=True)
+        if world.there == WAITS and world.here == HALTED:
+            yield world._replace(phase=OVER, here=RUNS, split=True, there=RUNS, ran_there=True)
+        if world.there == GONE and world.here == HALTED:
+            # It ran there and ended before the source was told: libvirt may report either.
+            yield world._replace(phase=OVER, here=RUNS, split=world.ran_there)
+            if world.ran_there:
+                yield world._replace(phase=OVER, here=GONE, migrated=True)
+        if world.here == GONE and world.there != WAITS:
+            yield world._replace(phase=OVER)
+    if world.there in (WAITS, RUNS, HALTED):
+        yield world._replace(there=GONE, never_ran=not world.ran_there)
+        yield world._replace(there=GONE)  # the host crashed, or nobody looked
+    if world.here in (RUNS, HALTED):
+        phase = world.phase if world.phase == SWITCHED else OVER
+        yield world._replace(here=GONE, phase=phase if world.phase != IDLE else IDLE)
+
+
+def hooks(world: World) -> Iterator[World]:
+    """The steps that a migration takes at both hosts; each may be the last."""
+    if world.phase == IDLE and world.here == RUNS:
+        yield world._replace(phase=ASKING, destination=S.ASKED)
+    if world.phase == ASKING and world.source is None and world.here == RUNS:
+        yield world._replace(source=S.OFFERED, said_here=frozenset({S.OFFERED}) & DECIDING[DESTINATION])
+    if world.phase == ASKING:
+        yield world._replace(phase=OVER)
+        if world.source is not None and world.destination is S.ASKED:
+            yield moved_on(world, DESTINATION, E.IMPORT)._replace(destination_key=True)
+        if world.destination is S.IMPORTED:
+            yield moved_on(world, DESTINATION, E.ARRIVE)._replace(phase=STREAMING, there=WAITS)
+            yield moved_on(world, DESTINATION, E.ARRIVE)._replace(phase=OVER, there=GONE, never_ran=True)
+            yield moved_on(world, DESTINATION, E.ARRIVE)._replace(phase=OVER, there=GONE)
+    if world.destination in (S.ASKED, S.IMPORTED):
+        yield moved_on(world, DESTINATION, E.ABANDON)  # by the hook, or because it takes too long
+    given_up = world.destination in (S.CANCELLED, S.CLOSED)
+    if given_up and world.here == RUNS and world.phase == OVER and offers(SOURCE, world.source, E.SUPERSEDE):
+        yield moved_on(world, SOURCE, E.SUPERSEDE)
+
+
+def deeds(world: World) -> Iterator[World]:
+    """Actions are done some time after they are journalled, or after the crash that came between, or twice."""
+    for side, state, due in (
+        (SOURCE, world.source, world.source_due),
+        (DESTINATION, world.destination, world.destination_due),
+    ):
+        if not due or state is None:
+            continue
+        done = world._replace(source_due=False) if side is SOURCE else world._replace(destination_due=False)
+        for action in machine.actions(side, state):
+            if action is Action.DESTROY_KEY:
+                done = done._replace(source_key=False)
+            elif action is Action.FORGET_KEY:
+                done = done._replace(destination_key=False)
+            elif action is Action.HALT and side is DESTINATION and done.there == RUNS:
+                done = done._replace(there=HALTED)
+            elif action is Action.HALT and side is DESTINATION and done.there == WAITS:
+                done = done._replace(there=GONE, never_ran=True)
+        yield done
+
+
+def presence_here(world: World) -> Presence:
+    if world.here == GONE:
+        return Presence.GONE
+    return Presence.RUNS if world.here == RUNS and world.phase in (IDLE, OVER) else Presence.PRESENT
+
+
+def presence_there(world: World) -> Presence:
+    return {GONE: Presence.GONE, RUNS: Presence.RUNS}.get(world.there, Presence.PRESENT)
+
+
+def sights(world: World) -> Iterator[World]:
+    """What each host may see of its own; it may also never see it."""
+    for event in machine.seen(presence_here(world)):
+        yield moved_on(world, SOURCE, event)
+    for event in machine.seen(presence_there(world)):
+        yield moved_on(world, DESTINATION, event)
+    if world.migrated:
+        yield moved_on(world, SOURCE, E.MIGRATED)
+    if world.never_ran:
+        yield moved_on(world, DESTINATION, E.NEVER_RAN)
+    if presence_here(world) is Presence.RUNS and not world.was_paused and world.phase == OVER:
+        yield moved_on(world, SOURCE, E.STAYED)
+
+
+def learned(world: World, side: Side, word: State | None) -> World:
+    for event in machine.learn(side, word, presence_here(world) if side is SOURCE else presence_there(world)):
+        world = moved_on(world, side, event)
+    return world
+
+
+def network(world: World) -> Iterator[World]:
+    """Any word ever said may arrive at any time. That a host has no such transfer it says only when asked, of now."""
+    for word in world.said_here:
+        yield learned(world, DESTINATION, word)
+    for word in world.said_there:
+        yield learned(world, SOURCE, word)
+    if world.source in (None, S.CLOSED, S.SETTLED):  # there is none, or it is pruned
+        yield learned(world, DESTINATION, None)
+    if world.destination in (S.CLOSED, S.SETTLED):
+        yield learned(world, SOURCE, None)
+
+
+def operators(world: World) -> Iterator[World]:
+    """An operator speaks only where the machine takes it, tells the truth, and contradicts no promise."""
+    said = world._replace(spoken=True)
+    if world.promised is not None or world.phase in (ASKING, STREAMING, SWITCHED):
+        return
+    if world.there in (NONE, GONE) and offers(SOURCE, world.source, E.HERE):
+        yield moved_on(said, SOURCE, E.HERE)._replace(promised=DESTINATION)
+    if world.here == GONE and offers(DESTINATION, world.destination, E.HERE):
+        yield moved_on(said, DESTINATION, E.HERE)._replace(promised=SOURCE)
+    if world.here == GONE and offers(SOURCE, world.source, E.THERE):
+        yield moved_on(said, SOURCE, E.THERE)
+    if world.there == GONE and offers(DESTINATION, world.destination, E.THERE):
+        yield moved_on(said, DESTINATION, E.THERE)
+
+
+def start(world: World) -> Iterator[World]:
+    """Whoever may start the guest does."""
+    if world.phase in (IDLE, OVER):
+        if world.here == GONE and starts(world, SOURCE):
+            yield world._replace(here=RUNS)
+        if world.there in (NONE, GONE) and starts(world, DESTINATION):
+            yield world._replace(there=RUNS, ran_there=True)
+
+
+def successors(world: World) -> Iterator[World]:
+    for part in (libvirt, hooks, deeds, sights, network, operators, start):
+        for after in part(world):
+            if after != world:
+                yield after
+
+
+def starts(world: World, side: Side) -> bool:
+    """Whether the side starts the guest without an answer of its peer and without an operator's word."""
+    state = world.source if side is SOURCE else world.destination
+    if state is None:
+        return side is SOURCE
+    if world.promised is side:
+        return False
+    return machine.GATES[side][state] in (Gate.START, Gate.ASK_THEN_START)
+
+
+@cache
+def explored() -> dict[World, World | None]:
+    """Every world that can come about, and one that it comes from."""
+    first = World()
+    found: dict[World, World | None] = {first: None}
+    todo = deque([first])
+    while todo:
+        world = todo.popleft()
+        for after in successors(world):
+            if after not in found:
+                found[after] = world
+                todo.append(after)
+    return found
+
+
+def story(world: World) -> str:
+    """How the world came about, one changed field a line."""
+    lines = []
+    at: World | None = world
+    while at is not None:
+        before = explored()[at]
+        changed = {k: v for k, v in at._asdict().items() if before is None or v != getattr(before, k)}
+        lines.append(str(changed))
+        at = before
+    return "\n".join(reversed(lines))
+
+
+def refute(worlds: list[World]) -> None:
+    assert not worlds, f"{len(worlds)} worlds, one of them:\n{story(worlds[0])}"
+
+
+def test_all_of_it_is_explored() -> None:
+    assert len(explored()) > 1000
+    for side in Side:
+        reached = {world.source if side is SOURCE else world.destination for world in explored()}
+        assert reached - {None} == machine.TABLE[side].keys()
+
+
+def test_never_may_both_start() -> None:
+    refute([world for world in explored() if starts(world, SOURCE) and starts(world, DESTINATION)])
+
+
+def test_nobody_starts_while_the_other_runs_or_may_come_to_run() -> None:
+    """But for a guest that libvirt itself made run twice, and there no third process is added."""
+    refute(
+        [
+            world
+            for world in explored()
+            if not world.split
+            and (
+                (starts(world, SOURCE) and world.here == GONE and (world.there == RUNS))
+                or (starts(world, DESTINATION) and world.there in (NONE, GONE) and world.here == RUNS)
+            )
+        ]
+    )
+
+
+def test_the_source_never_starts_what_has_run_elsewhere() -> None:
+    """Its TPM state would be an older one. An operator may want that; nobody else decides it."""
+    refute(
+        [
+            world
+            for world in explored()
+            if world.ran_there and not world.split and not world.spoken and starts(world, SOURCE)
+        ]
+    )
+
+
+def test_the_key_is_destroyed_at_the_source_only_when_the_destination_has_it_for_good() -> None:
+    good = (S.ACTIVATED, S.CLAIMED, S.SETTLED)
+    refute([world for world in explored() if world.source is S.RELEASED and world.destination not in good])
+    refute([world for world in explored() if not world.source_key and not world.destination_key])
+    refute([world for world in explored() if not world.source_key and world.destination not in good])
+
+
+def test_the_key_is_destroyed_only_when_no_process_of_the_guest_is_left() -> None:
+    refute([world for world in explored() if world.source is S.RELEASED and world.here != GONE])
+
+
+def decided(world: World) -> bool:
+    """Exactly one side starts the guest, and has its key; unless an operator lifted a release, to begin anew."""
+    sides = [side for side in Side if starts(world, side)]
+    has_key = {SOURCE: world.source_key or world.source is S.SETTLED, DESTINATION: world.destination_key}
+    return len(sides) == 1 and has_key[sides[0]]
+
+
+def reaches(goal: set[World], steps: tuple[object, ...]) -> set[World]:
+    """All worlds from which these steps alone can lead to the goal."""
+    before: dict[World, list[World]] = {}
+    for world in explored():
+        for part in steps:
+            for after in part(world):  # type: ignore[operator]
+                before.setdefault(after, []).append(world)
+    reached, todo = set(goal), list(goal)
+    while todo:
+        for world in before.get(todo.pop(), ()):
+            if world not in reached:
+                reached.add(world)
+                todo.append(world)
+    return reached
+
+
+def test_there_is_always_a_way_to_one_side() -> None:
+    """With an operator where nobody can know."""
+    good = {world for world in explored() if decided(world)}
+    reached = reaches(good, (libvirt, hooks, deeds, sights, network, operators))
+    refute([world for world in explored() if world not in reached])
+
+
+def test_an_operator_is_asked_only_where_nobody_can_know() -> None:
+    """Both hosts talk again and every process has ended or runs on: the journals resolve by themselves, but for one
+    case: the source's process ended unseen, and so did the destination's."""
+    good = {world for world in explored() if decided(world)}
+    reached = reaches(good, (hooks, deeds, sights, network))
+    quiet = [world for world in explored() if world.phase == OVER and world.there not in (WAITS, HALTED)]
+    stuck = [world for world in quiet if world not in reached and not world.spoken]
+    assert stuck
+    nobody_knows = {
+        world
+        for world in stuck
+        if world.source is S.OFFERED
+        and world.destination in (S.ARRIVING, S.LEFT)
+        and (world.here, world.there) == (GONE, GONE)
+        and not world.migrated
+        and not world.never_ran
+    }
+    refute([world for world in stuck if world not in nobody_knows])
+
+
+@pytest.mark.parametrize("side", Side)
+def test_every_state_and_event_has_an_answer(side: Side) -> None:
+    assert machine.TABLE[side].keys() == machine.GATES[side].keys()
+    for state, row in machine.TABLE[side].items():
+        for event in Event:
+            if event in row or event not in machine.COMMANDS:
+                after = machine.step(side, state, event)
+                assert after.state in machine.TABLE[side]
