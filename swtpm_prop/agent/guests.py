@@ -8,35 +8,29 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from enum import StrEnum
 from typing import NamedTuple
 
 import libvirt
 
 from swtpm_prop.domain.stamp import NAMESPACE, PREFIX
+from swtpm_prop.errors import HostError
 from swtpm_prop.limits import LIBVIRT_PROBE_SECONDS, LIBVIRT_PROBES, LIBVIRT_RETRY_SECONDS
-from swtpm_prop.transfer.machine import Presence
+from swtpm_prop.transfer.machine import Event, Presence
 
 LOCAL = "qemu:///system"
 
 
-class Happening(StrEnum):
-    """What changed: a guest came to run here, libvirt moved it away, or it ended here for another reason."""
-
-    RUNS = "runs"
-    MOVED = "moved"
-    ENDED = "ended"
-
-
-class Event(NamedTuple):
-    """A change of one guest, by its UUID."""
+class Happening(NamedTuple):
+    """What became of a guest, by its UUID: RUNS, MIGRATED, NEVER_RAN, or GONE for every other end."""
 
     uuid: str
-    happening: Happening
+    event: Event
 
 
+_ARRIVES = (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STARTED_MIGRATED)
+_MIGRATED = (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED)
 _MIGRATES = {
-    (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STARTED_MIGRATED),
+    _ARRIVES,
     (libvirt.VIR_DOMAIN_EVENT_SUSPENDED, libvirt.VIR_DOMAIN_EVENT_SUSPENDED_MIGRATED),
     (libvirt.VIR_DOMAIN_EVENT_SUSPENDED, libvirt.VIR_DOMAIN_EVENT_SUSPENDED_POSTCOPY),
     (libvirt.VIR_DOMAIN_EVENT_SUSPENDED, libvirt.VIR_DOMAIN_EVENT_SUSPENDED_POSTCOPY_FAILED),
@@ -46,7 +40,8 @@ _HERE = {
     libvirt.VIR_DOMAIN_EVENT_SUSPENDED,  # by a person; also how a guest arrives that was paused before it left
     libvirt.VIR_DOMAIN_EVENT_RESUMED,
 }
-
+_ENDED = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
+"""What libvirt answers about a guest that is not, or no longer, active."""
 
 _GONE = {libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_CRASHED}
 
@@ -69,11 +64,12 @@ class Guests:
             libvirt. After each (re)connection it is told of every guest that runs.
     """
 
-    def __init__(self, uri: str, tell: Callable[[Event], None]) -> None:
+    def __init__(self, uri: str, tell: Callable[[Happening], None]) -> None:
         self._uri = uri
         self._tell = tell
         self._lock = threading.Lock()
         self._presence: dict[str, Presence] = {}
+        self._arriving: set[str] = set()  # seen to be started for a migration, and not to run since
         self._connection: libvirt.virConnect | None = None
         self._lost = threading.Event()
         self._stopped = threading.Event()
@@ -135,8 +131,27 @@ class Guests:
             domain.setMetadata(element, xml, PREFIX, NAMESPACE, live)
         except libvirt.libvirtError as error:
             # A guest that has ended meanwhile needs no stamp.
-            return bool(error.get_error_code() in (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID))
+            return bool(error.get_error_code() in _ENDED)
         return True
+
+    def halt(self, uuid: str) -> None:
+        """Stop what should not be here: pause a guest that runs, end one that was still to come. Waits for libvirt.
+
+        Raises:
+            HostError: ``agent.halt``.
+        """
+        connection, coming = self._connection, self.presence(uuid) is Presence.PRESENT
+        if connection is None:
+            raise _not_halted(uuid, "there is no connection to libvirt")
+        try:
+            domain = connection.lookupByUUIDString(uuid)
+            if coming:
+                domain.destroy()
+            elif domain.state()[0] != libvirt.VIR_DOMAIN_PAUSED:
+                domain.suspend()
+        except libvirt.libvirtError as error:
+            if error.get_error_code() not in _ENDED:
+                raise _not_halted(uuid, error.get_error_message()) from error
 
     # -- threads ----------------------------------------------------------------------------------
 
@@ -153,10 +168,14 @@ class Guests:
                 self._stopped.wait(LIBVIRT_RETRY_SECONDS)
                 continue
             self._lost.wait()
-            with self._lock:
-                self._connection = None
-                self._presence = {}
+            self._forget()
             _close(connection)
+
+    def _forget(self) -> None:
+        with self._lock:
+            self._connection = None
+            self._presence = {}
+            self._arriving = set()
 
     def _connect(self) -> libvirt.virConnect:
         connection = libvirt.open(self._uri)
@@ -174,7 +193,7 @@ class Guests:
             self._presence = listed | self._presence
             self._connection = connection
             for uuid in [uuid for uuid, presence in self._presence.items() if presence is Presence.RUNS]:
-                self._tell(Event(uuid, Happening.RUNS))
+                self._tell(Happening(uuid, Event.RUNS))
         return connection
 
     def _lifecycle(self, _: object, domain: libvirt.virDomain, event: int, detail: int, __: object) -> None:
@@ -183,13 +202,16 @@ class Guests:
             return
         uuid = str(domain.UUIDString())
         with self._lock:
-            before = self._presence.get(uuid)
+            before, waited = self._presence.get(uuid), uuid in self._arriving
             self._presence[uuid] = presence
-        moved = (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED)
+            self._arriving.discard(uuid)
+            if (event, detail) == _ARRIVES:
+                self._arriving.add(uuid)
         if presence is Presence.GONE:
-            self._tell(Event(uuid, Happening.MOVED if (event, detail) == moved else Happening.ENDED))
+            ended = Event.MIGRATED if (event, detail) == _MIGRATED else Event.NEVER_RAN if waited else Event.GONE
+            self._tell(Happening(uuid, ended))
         elif presence is Presence.RUNS and before is not presence:
-            self._tell(Event(uuid, Happening.RUNS))
+            self._tell(Happening(uuid, Event.RUNS))
 
 
 def _listed(connection: libvirt.virConnect) -> dict[str, Presence]:
@@ -220,6 +242,12 @@ def _busy(domain: libvirt.virDomain) -> bool:
         return bool(domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE)
     except libvirt.libvirtError:
         return False
+
+
+def _not_halted(uuid: str, why: str) -> HostError:
+    return HostError(
+        "agent.halt", f"guest {uuid} must not run here and cannot be paused, {why}", f"virsh destroy {uuid}"
+    )
 
 
 def _close(connection: libvirt.virConnect) -> None:
