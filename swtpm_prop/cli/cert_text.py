@@ -24,6 +24,7 @@ _WHY = {
     WEAK: "SHA-1 digests alone",
     "route": "commands that cannot be translated",
     "ambiguous": "commands with one algorithm twice",
+    "below-floor": "versions below the lowest that counts on the host",
 }
 """Why measurements are left out, in words."""
 

@@ -104,8 +104,11 @@ def starts_and_certifies_nothing(product: Product, machine: Machine) -> None:
     assert "nothing measured since is certified [store.stale]" in status.stderr
     assert "not certified, stale-index: the index expired at" in status.stdout
     assert "stale-index: the index expired at" in host.cli("domain", "log", name).stdout
-    findings = json.loads(host.cli("doctor", "--json", check=False).stdout)
-    assert "index.expired" in json.dumps(findings)
+    doctor = host.cli("doctor", "--json", check=False)
+    assert doctor.returncode == 1
+    (finding,) = [finding for finding in json.loads(doctor.stdout) if finding["id"] == "index.expired"]
+    assert finding["state"] == "problem"
+    assert "nothing is certified any more" in finding["what"]
     machine.destroy()
 
 
