@@ -30,7 +30,7 @@ class KeyFile(NamedTuple):
     Attributes:
         item: a key or a sealed secret as its parent's TPM loads it, or one that TPM has yet to import.
         parent: handle of the parent, persistent; or of a hierarchy, whose standard storage key is meant then.
-        secret: whether it is sealed data and no key.
+        secret: whether it is sealed data and no key; of what is to be imported the file does not say.
     """
 
     item: Sealed | ImportBlob
