@@ -277,7 +277,7 @@ def install(layout: Layout, data: bytes, public: EllipticCurvePublicKey) -> Appr
     """
     new = verify(data, public)
     path = layout.approvals / f"{new.authority}.json"
-    old = verify(files.read_file(path, APPROVAL_LIST_BYTES), public) if path.exists() else None
+    old = installed(layout, public)
     if old is not None and (new.epoch < old.epoch or new.sequence < old.sequence):
         raise TrustError(
             "approvals.older",
@@ -303,14 +303,24 @@ def load(layout: Layout, trust: Trust, property: str) -> tuple[EllipticCurvePubl
         TrustError: as `authority` and `verify`; ``approvals.missing``.
     """
     public = authority(trust, property)
-    path = layout.approvals / f"{keys.keyid(public)}.json"
-    if not path.exists():
+    approvals = installed(layout, public)
+    if approvals is None:
         raise TrustError(
             "approvals.missing",
             f"this host has no approval list of the authority of '{property}'",
             "'swtpm-prop store sync' gets it, or 'swtpm-prop store build' from its file",
         )
-    return public, verify(files.read_file(path, APPROVAL_LIST_BYTES), public)
+    return public, approvals
+
+
+def installed(layout: Layout, public: EllipticCurvePublicKey) -> ApprovalList | None:
+    """The list of an authority that counts on this host; None if there is none.
+
+    Raises:
+        TrustError: as `verify`.
+    """
+    path = layout.approvals / f"{keys.keyid(public)}.json"
+    return verify(files.read_file(path, APPROVAL_LIST_BYTES), public) if path.exists() else None
 
 
 # -- inside -------------------------------------------------------------------------------------

@@ -72,3 +72,13 @@ prop_find_key() {
         "the keys of the TPM state in @RUN@/$prop_guest are missing or not readable for this user" \
         layer.key-unreadable 'shut the guest down and start it again; the hook writes these files'
 }
+
+# Open a file for reading; prop_free is its descriptor, one of those that every sh can name.
+prop_open() { # FILE
+    for prop_free in 9 8 7 6 5 4 3 none; do
+        [ -e "/proc/self/fd/$prop_free" ] || break
+    done
+    [ "$prop_free" != none ] || prop_refuse "there is no free descriptor for the keys of the TPM state" \
+        layer.no-descriptor 'report this with the version of libvirt'
+    eval "exec $prop_free<\"\$1\""
+}

@@ -26,9 +26,14 @@ shift
     "@RUN@/$prop_guest/layer.json is missing or not readable for this user" layer.config-unreadable \
     'shut the guest down and start it again; the hook writes this file'
 prop_find_key
-# swtpm reads the keys itself, before it takes its first command: arguments and environment hold none.
-[ -z "$prop_key" ] || set -- "$@" --key "file=$prop_key,mode=aes-256-cbc,format=hex" \
-    --migration-key "file=@RUN@/$prop_guest/migration-key,mode=aes-256-cbc,format=hex"
+if [ -n "$prop_key" ]; then
+    # Opened here: the hook removes the files once libvirt sees the control socket, which swtpm makes before it reads.
+    # Only descriptors that the caller has not used; swtpm closes them. Arguments and environment never hold a key.
+    prop_open "$prop_key"
+    set -- "$@" --key "fd=$prop_free,mode=aes-256-cbc,format=hex"
+    prop_open "@RUN@/$prop_guest/migration-key"
+    set -- "$@" --migration-key "fd=$prop_free,mode=aes-256-cbc,format=hex"
+fi
 export SWTPM_PROP_LAYER='@RUN@'/"$prop_guest"/layer.json
 export LD_PRELOAD='@PRELOAD@'"${LD_PRELOAD:+:$LD_PRELOAD}"
 exec "$prop_real" "$prop_word" "$@"

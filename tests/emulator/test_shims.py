@@ -146,14 +146,49 @@ def test_setup_activates_the_banks_and_finds_the_real_swtpm(shimmed: Shimmed) ->
     assert f"PATH={shimmed.real}:/usr/bin:/bin" in started
 
 
-def test_in_custody_both_programs_get_the_files_of_the_keys_and_never_the_keys(shimmed: Shimmed) -> None:
+@pytest.mark.parametrize("used", [[], [9], [3, 5, 9], [4, 5, 6, 7, 8]])
+def test_the_keys_come_by_descriptors_that_the_caller_has_not_used(shimmed: Shimmed, used: list[int]) -> None:
+    shimmed.opt_in()
+    keys = {"state-key": "ab" * 32, "migration-key": "cd" * 32}
+    for name, key in keys.items():
+        (shimmed.layout.guest_run(UUID) / name).write_text(key)
+    # Arguments 5 and 7 name the descriptors; what they hold is read when the files are gone.
+    (shimmed.real / "swtpm").write_text(
+        f"#!/bin/sh\nrm {shimmed.layout.guest_run(UUID)}/*-key\n"
+        'for n in $5 $7; do n=${n#fd=}; n=${n%%,*}; eval "cat <&$n"; echo; done\n'
+    )
+    given = {number: os.open("/dev/null", os.O_RDONLY) for number in used}
+    script = "".join(f" {number}<&{end}" for number, end in given.items())
+    ran = subprocess.run(
+        ["/bin/bash", "-c", f'exec "$@"{script}', "-", shimmed.layout.libexec / "swtpm", "socket", "--tpmstate", STATE],
+        capture_output=True, text=True, env={"PATH": f"{shimmed.real}:/usr/bin:/bin"}, pass_fds=list(given.values()),
+    )  # fmt: skip
+    for end in given.values():
+        os.close(end)
+    assert ran.stdout.split() == list(keys.values()), ran.stderr
+
+
+def test_without_a_free_descriptor_it_is_refused(shimmed: Shimmed) -> None:
+    shimmed.opt_in()
+    for name in ("state-key", "migration-key"):
+        (shimmed.layout.guest_run(UUID) / name).write_text("ab" * 32)
+    every = " ".join(f"{number}</dev/null" for number in range(3, 10))
+    ran = subprocess.run(
+        ["/bin/bash", "-c", f'exec "$@" {every}', "-", shimmed.layout.libexec / "swtpm", "socket", "--tpmstate", STATE],
+        capture_output=True, text=True, env={"PATH": f"{shimmed.real}:/usr/bin:/bin"},
+    )  # fmt: skip
+    assert ran.returncode == 1
+    assert "[layer.no-descriptor]" in ran.stderr
+
+
+def test_in_custody_neither_program_has_a_key_in_its_arguments(shimmed: Shimmed) -> None:
     shimmed.opt_in()
     run = shimmed.layout.guest_run(UUID)
-    for name in ("state-key", "migration-key"):
-        (run / name).write_text("ab" * 32)
+    for name, key in (("state-key", "ab" * 32), ("migration-key", "cd" * 32)):
+        (run / name).write_text(key)
     started = shimmed.started("swtpm", ["socket", "--tpmstate", STATE])
     form = "mode=aes-256-cbc,format=hex"
-    keys = ["--key", f"file={run}/state-key,{form}", "--migration-key", f"file={run}/migration-key,{form}"]
+    keys = ["--key", f"fd=9,{form}", "--migration-key", f"fd=8,{form}"]
     assert started[1:8] == ["Socket", "--tpmstate", STATE, *keys]
     setup = shimmed.started("swtpm_setup", ["--tpm2", "--tpm-state", STATE.removeprefix("dir=")])
     keys = ["--keyfile", f"{run}/state-key", "--cipher", "aes-256-cbc"]
