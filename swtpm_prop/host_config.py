@@ -64,6 +64,10 @@ class AgentConfig(NamedTuple):
     peers: tuple[str, ...] = ()
     metrics: str = "127.0.0.1:9879"
 
+    def reached_at(self, host: str) -> str:
+        """Where other hosts reach the agent of this one, whose name in the fleet is ``host``."""
+        return self.endpoint or f"{host}:{self.listen.rpartition(':')[2]}"
+
 
 class HostConfig(NamedTuple):
     """The host's configuration, a field for each table."""
@@ -105,7 +109,7 @@ def _parse(data: bytes, directory: Path) -> HostConfig:
         raise ValueError(f"'{unknown[0]}' is not known")
     return HostConfig(
         StoreConfig(**_table(document, "store", {"url": _text, "stale": _stale})),
-        TpmConfig(**_table(document, "tpm", {"tcti": _words, "pcrs": _pcrs, "event-log": _path(directory)})),
+        TpmConfig(**_table(document, "tpm", {"tcti": _words, "pcrs": parse_pcrs, "event-log": _path(directory)})),
         CustodyConfig(**_table(document, "custody", {"recovery": _list(_path(directory))})),
         AgentConfig(**_table(document, "agent", _AGENT)),
     )
@@ -146,7 +150,12 @@ def _stale(value: Any) -> str:
     return _text(value)
 
 
-def _pcrs(value: Any) -> tuple[int, ...]:
+def parse_pcrs(value: Any) -> tuple[int, ...]:
+    """PCRs of a host from a list like "0-4,7", in rising order.
+
+    Raises:
+        ValueError: says what is wrong, after "has", "names" or "is".
+    """
     pcrs: set[int] = set()
     for item in _text(value).split(","):
         match = re.fullmatch(r"([0-9]{1,2})(?:-([0-9]{1,2}))?", item)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from swtpm_prop.errors import HostError
-from swtpm_prop.host_config import HostConfig, load
+from swtpm_prop.host_config import AgentConfig, HostConfig, load
 from swtpm_prop.limits import HOST_BYTES
 
 
@@ -67,3 +67,9 @@ def test_what_makes_no_sense(tmp_path: Path, data: bytes) -> None:
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(HostError):
         load(tmp_path)
+
+
+def test_where_other_hosts_reach_this_one() -> None:
+    assert AgentConfig().reached_at("alpha.example") == "alpha.example:4879"
+    assert AgentConfig(listen="[::]:99").reached_at("alpha") == "alpha:99"
+    assert AgentConfig(endpoint="192.0.2.1:1").reached_at("alpha") == "192.0.2.1:1"
