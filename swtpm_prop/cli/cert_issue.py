@@ -11,11 +11,11 @@ from typing import Any
 
 import click
 
-from swtpm_prop.cli import cert_text, explain, output
+from swtpm_prop.cli import cert_text, explain, output, passphrase
 from swtpm_prop.domain import causes
-from swtpm_prop.errors import UsageError, printable
+from swtpm_prop.errors import UsageError
 from swtpm_prop.layout import Layout
-from swtpm_prop.limits import EVENT_LOG_BYTES, IMA_LOG_BYTES, KEY_BYTES
+from swtpm_prop.limits import EVENT_LOG_BYTES, IMA_LOG_BYTES
 from swtpm_prop.trust import certificate, dpkg, packages, signers, sources
 from swtpm_prop.trust.certificate import Certificate, Claim, parse_time
 from swtpm_prop.trust.files import read_file, write_file
@@ -41,7 +41,7 @@ def _source(name: str, help: str, metavar: str = "FILE") -> Callable[[Any], Any]
     "--key", "key_names", required=True, multiple=True, metavar="PEM|URI", help="A private key, e.g. hsm:2?label=X."
 )
 @click.option("--public-key", multiple=True, type=_FILE, metavar="PEM", help="The public half of each key by URI.")
-@click.option("--passphrase-file", type=_FILE, metavar="FILE", help="Its first line opens the keys; or you are asked.")
+@passphrase.option
 @click.option("--property", "properties", required=True, multiple=True, metavar="URI", help="What is certified.")
 @_source("--file", "A file: its plain hash, as GRUB measures what it reads.")
 @_source("--pe", "A PE image: its Authenticode hash, as firmware measures what it loads.")
@@ -98,7 +98,7 @@ def command(
             cert_text.print_nothing(found, left_out, as_json)
             return
         _confirm(subjects, yes, as_json)
-    signing = signers.open_keys(key_names, map(signers.load_public, public_key), _ask(passphrase_file))
+    signing = signers.open_keys(key_names, map(signers.load_public, public_key), passphrase.ask(passphrase_file))
 
     def issue(group: Sequence[Subject], path: Path) -> Certificate:
         data = certificate.issue(Claim(issuer, properties, group, first, last), signing, now)
@@ -208,18 +208,3 @@ def _confirm(subjects: Sequence[Subject], yes: bool, as_json: bool) -> None:
         raise UsageError("usage.confirm", "--json cannot ask whether to sign", "look at it without, then add --yes")
     cert_text.print_subjects(_distinct(subjects))
     click.confirm("Certify all of these?", abort=True, err=True)
-
-
-# -- keys ---------------------------------------------------------------------------------------
-
-
-def _ask(passphrase_file: Path | None) -> signers.Ask:
-    """How passphrases and PINs are learnt; nothing is read or asked before it is needed."""
-
-    def ask(secret: str) -> str:
-        if passphrase_file is not None:
-            return read_file(passphrase_file, KEY_BYTES).split(b"\n")[0].decode(errors="replace")
-        answer: str = click.prompt(printable(secret), hide_input=True, err=True)
-        return answer
-
-    return ask

@@ -14,6 +14,8 @@ NOUNS = {
     "cert": "make and read property certificates",
     "doctor": "say what is wrong on this host and how to mend it",
     "domain": "switch guests on and off, show their state and log",
+    "fleet": "admit hosts to a fleet and revoke them",
+    "host": "this host's TPM: keys, enrolment, which states are approved",
     "install": "put swtpm-prop into this host's libvirt",
     "pcr": "predict PCR values to seal to or to expect in a quote",
     "store": "publish and follow certificates, build and ask the index",

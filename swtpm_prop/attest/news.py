@@ -1,0 +1,75 @@
+"""What fleet and authorities send to hosts: approval lists and the list of revoked certificates, put in force."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from swtpm_prop import host_config
+from swtpm_prop.attest import membership
+from swtpm_prop.custody import approvals
+from swtpm_prop.custody.hardware import Hardware
+from swtpm_prop.errors import TrustError
+from swtpm_prop.layout import Layout
+from swtpm_prop.trust import issuers
+
+_CRL = b"-----BEGIN X509 CRL-----"
+
+
+class Installed(NamedTuple):
+    """What counts on this host now.
+
+    Attributes:
+        what: in words for people.
+        epoch: of an approval list; 0 of anything else.
+    """
+
+    what: str
+    epoch: int
+
+
+def is_crl(data: bytes) -> bool:
+    """Whether this is the list of revoked certificates, and no approval list."""
+    return data.lstrip().startswith(_CRL)
+
+
+def install(layout: Layout, data: bytes) -> Installed:
+    """Take one approval list or list of revoked certificates; an older one than is there is refused.
+
+    Raises:
+        TrustError: as `approvals.install`; ``approvals.authority-unknown``; of the trust file.
+        AttestError: as `membership.install_crl`.
+    """
+    if is_crl(data):
+        newer = membership.install_crl(layout, data)
+        return Installed("the fleet's list of revoked certificates" + ("" if newer else ", known already"), 0)
+    keyid = approvals.read(data).authority
+    public = approvals.authorities(issuers.load(layout.trust)).get(keyid)
+    if public is None:
+        raise TrustError(
+            "approvals.authority-unknown",
+            f"no issuer of the trust file approves states with key {keyid[:16]}",
+            "add the authority, with its P-256 key and threshold 1, if you trust it",
+        )
+    found = approvals.install(layout, data, public)
+    return Installed(
+        f"edition {found.sequence} of authority {keyid[:16]}: epoch {found.epoch}, {len(found.approvals)} states",
+        found.epoch,
+    )
+
+
+def raise_epoch(layout: Layout, installed: Iterable[Installed]) -> int | None:
+    """Tell this host's TPM the newest epoch: approvals of earlier ones are dead in it from now on.
+
+    Returns:
+        The epoch that the TPM has; None if this host has no TPM of ours or there is no approval list.
+
+    Raises:
+        HostError: as `Hardware`; ``tpm.epoch-far``.
+    """
+    epoch = max((each.epoch for each in installed), default=0)
+    if not epoch or not layout.host_keys.is_dir():
+        return None
+    with Hardware(host_config.load(layout.host).tpm.tcti, layout.tpm_lock) as hardware:
+        hardware.raise_epoch(epoch)
+        return hardware.epoch()
