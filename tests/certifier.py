@@ -81,3 +81,8 @@ def signed(value: Any, payload_type: str = certificate.PAYLOAD_TYPE, signer: Pri
 def names(directory: Path) -> list[str]:
     """What is in a directory, hidden files too."""
     return sorted(entry.name for entry in directory.iterdir())
+
+
+def with_date(index: Path) -> list[str]:
+    """An index, and the file that says until when it is good."""
+    return [index.name, f"{index.name}.until"]

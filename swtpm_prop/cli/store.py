@@ -16,7 +16,7 @@ from swtpm_prop.errors import Error, TrustError, UsageError, WireError
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import CERTIFICATE_BYTES
 from swtpm_prop.tpm.algorithms import ALGORITHMS
-from swtpm_prop.trust import certificate, issuers, sources
+from swtpm_prop.trust import certificate, floors, issuers, sources
 from swtpm_prop.trust.build import Summary, build
 from swtpm_prop.trust.certificate import Certificate, format_time, parse_time
 from swtpm_prop.trust.files import read_file
@@ -39,6 +39,7 @@ for _verb in (
     store_publish.root,
     store_publish.add,
     store_publish.revoke,
+    store_publish.remove,
     store_publish.publish,
     store_sync.sync,
 ):
@@ -59,10 +60,10 @@ def build_(paths: tuple[Path, ...], trust_file: Path, to: Path, expires: str | N
     """
     files = _files(paths)
     end = parse_time(expires) if expires else None
-    trust = issuers.load(trust_file)
+    trust, limits = issuers.load(trust_file), issuers.load_floors(trust_file)
     notes: list[tuple[Path, TrustError]] = []
     with output.progress(files, "verifying") as running:
-        summary = build(to, _verified(running, trust, notes), end, _report)
+        summary = build(to, _verified(running, trust, notes), end, _report, limits)
     if as_json:
         output.print_json({**_summary(summary), "notes": [{"file": str(f), "id": e.id} for f, e in notes]})
         return
@@ -102,12 +103,16 @@ def stats(index: Path, as_json: bool) -> None:
     """Say what the index holds."""
     opened = Index.open(str(index))
     summary = Summary(opened.certificates, opened.entries, opened.expires, index.stat().st_size)
+    limits = floors.from_text(opened.floors)
     claims = [{**_claim(claim), "entries": count} for claim, count in opened.claims()]
     if as_json:
-        output.print_json({**_summary(summary), "list": claims})
+        output.print_json({**_summary(summary), "floors": limits, "list": claims})
         return
     for name, value in _summary(summary).items():
         click.echo(f"{name:<13} {value}")
+    for component, needed in limits.items():
+        for uri, below in needed.items():
+            click.echo(f"{'floor':<13} {component} {below} for {uri or 'every property'}")
     click.echo()
     _print_claims(claims)
 
@@ -166,6 +171,7 @@ def _report(doing: str, _done: int) -> None:
 _MENDS = {
     "unknown": "have it certified, or bring the index up to date with store sync or store build",
     "mismatch": "that certificate is wrong about this file: have it revoked and a new one issued",
+    "below-floor": "put a newer version there; which one is too old, the trust file and the store say",
     "property": "have it certified for that property too, or ask for one that the certificates below name",
     "expired": "have it certified anew; if that is done, fetch the new certificate with store sync or store build",
     "not-yet-valid": "wait until then; if this moment is past, set the clock of this host",
@@ -220,6 +226,8 @@ def _claim(claim: Claim) -> dict[str, Any]:
         "notBefore": format_time(claim.not_before),
         "notAfter": format_time(claim.not_after),
         "properties": list(claim.properties),
+        **({"component": claim.component, "version": claim.version} if claim.component else {}),
+        **({"belowFloor": dict(claim.below)} if claim.below else {}),
     }
 
 

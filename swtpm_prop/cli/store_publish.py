@@ -16,14 +16,15 @@ from tuf.api.metadata import Metadata, Root
 from swtpm_prop.cli import output
 from swtpm_prop.errors import TrustError, UsageError, printable
 from swtpm_prop.limits import CERTIFICATE_BYTES, OFFLINE_NOTICE
-from swtpm_prop.trust import certificate, signers
+from swtpm_prop.trust import certificate, floors, signers
 from swtpm_prop.trust.certificate import format_time
 from swtpm_prop.trust.files import read_file
-from swtpm_prop.trust.publisher import Publisher
+from swtpm_prop.trust.publisher import Publisher, Revocation
 from swtpm_prop.trust.repository import ROLES, Change, Missing, days
 
 _FILE = click.Path(path_type=Path)
 _ID = re.compile(r"sha256:[0-9a-f]{64}")
+_BEGINNING = re.compile(r"(sha256:)?[0-9a-f]{4,64}")
 _ONLINE = "online"
 """A word for snapshot and timestamp together: the keys that sign without a person."""
 
@@ -93,33 +94,54 @@ def add(directory: Path, certificates: tuple[Path, ...], as_json: bool) -> None:
 @click.argument("certificates", nargs=-1, metavar="[ID|FILE]...")
 @click.option("--component", metavar="NAME", help="Everything that speaks of this component ...")
 @click.option("--below", metavar="VERSION", help="... in versions below this one.")
+@click.option("--property", "properties", multiple=True, metavar="URI", help="Only for this property; repeatable.")
 @output.json_option
 def revoke(
-    directory: Path, certificates: tuple[str, ...], component: str | None, below: str | None, as_json: bool
+    directory: Path,
+    certificates: tuple[str, ...],
+    component: str | None,
+    below: str | None,
+    properties: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Take certificates out of the next publication for good: neither they nor what they cover can be added again.
 
-    Other certificates that cover some of it are revoked, too, and named. Exit status 1 if nothing is below --below.
+    --component and --below set a floor, for every property or for those named; hosts heed it with the next sync. Other
+    certificates that cover some of it are revoked, too, and named. Exit status 1 if nothing is below --below.
     """
-    if (component is None) != (below is None) or not (certificates or component):
+    if (component is None) != (below is None) or not (certificates or component) or (properties and not component):
         raise UsageError(
             "usage.revoke",
             "no certificate is named, or only one of --component and --below",
-            "name certificates, or --component together with --below",
+            "name certificates, or --component together with --below, and with them --property",
         )
     ids = [_id(name) for name in certificates]
-    limit = (component, below) if component and below else None
-    done = Publisher(directory).revoke(ids, limit, output.progress)
+    limits = floors.one(component, below, properties) if component else floors.NONE
+    done = Publisher(directory).revoke(ids, limits, output.progress)
     if as_json:
         output.print_json(done._asdict())
     else:
-        gone = (*done.revoked, *done.covering)
-        click.echo(f"{len(gone)} certificates are revoked with the next 'store publish'")
-        for id in gone:
-            click.echo(f"  {id}")
-        for id in done.covering:
-            what = f"{id} was revoked because it also covers some of that: issue it anew without, if the rest is good"
-            click.secho(what, fg="yellow", err=True)
+        _show_revocation(done)
+
+
+@click.command()
+@_store
+@click.argument("certificates", nargs=-1, required=True, metavar="ID|FILE...")
+@output.json_option
+def remove(directory: Path, certificates: tuple[str, ...], as_json: bool) -> None:
+    """Take certificates that were issued in error out of the next publication; they can be added again.
+
+    By the id or how it begins, or by file; a file below DIR/certificates may hold anything. To have what they cover
+    refused from now on, use 'store revoke'.
+    """
+    ids = {name for name in certificates if _BEGINNING.fullmatch(name) and not Path(name).exists()}
+    beginnings = [f"sha256:{name.removeprefix('sha256:')}" for name in sorted(ids)]
+    files = [Path(name) for name in certificates if name not in ids]
+    gone = Publisher(directory).remove(beginnings, files, output.progress)
+    if as_json:
+        output.print_json({"removed": gone})
+        return
+    click.echo(f"{len(gone)} certificates are gone with the next 'store publish'")
 
 
 @click.command()
@@ -229,6 +251,20 @@ def _show_root(drafted: Metadata[Root], as_json: bool) -> None:
     ]
     output.table(("Role", "Must sign", "Days", "Keys"), rows)
     click.echo(f"Root {signed.version} waits for its signatures: run 'store publish' with the keys, wherever they are.")
+
+
+def _show_revocation(done: Revocation) -> None:
+    gone = (*done.revoked, *done.covering)
+    click.echo(f"{len(gone)} certificates are revoked with the next 'store publish'")
+    for id in gone:
+        click.echo(f"  {id}")
+    if done.limited:
+        click.echo(f"{len(done.limited)} stay, for what the floor leaves of them")
+        for id in done.limited:
+            click.echo(f"  {id}")
+    for id in done.covering:
+        what = f"{id} was revoked because it also covers some of that: issue it anew without, if the rest is good"
+        click.secho(what, fg="yellow", err=True)
 
 
 def _describe(one: Missing) -> str:

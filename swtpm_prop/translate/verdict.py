@@ -15,7 +15,8 @@ class Verdict(NamedTuple):
         certified: True only if every property of the bank is certified for this measurement now.
         certificates: ids of the certificates that say so, sorted; empty if not certified.
         reason: empty if certified; else a stable word: ``unknown`` (no certificate names the digests),
-            ``mismatch`` (one names a common digest and another differs), ``property`` (certified, but not for
+            ``mismatch`` (one names a common digest and another differs), ``below-floor`` (of a component in a version
+            that is too low for a property on this host), ``property`` (certified, but not for
             every property), ``expired``, ``not-yet-valid``, ``stale-index``, ``weak`` (nothing stronger than
             SHA-1 supplied), ``ambiguous`` (one algorithm twice in one command), ``no-index``.
         detail: a sentence for people: which certificate, which property, since when; may be empty.

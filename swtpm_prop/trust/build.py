@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing, contextmanager
 from itertools import chain, islice
@@ -15,7 +16,8 @@ from swtpm_prop.limits import CANDIDATES
 from swtpm_prop.trust import tables
 from swtpm_prop.trust.certificate import Certificate
 from swtpm_prop.trust.files import exclusive
-from swtpm_prop.trust.index import Index, slot
+from swtpm_prop.trust.floors import NONE, Floors, to_text
+from swtpm_prop.trust.index import Index, slot, validity, validity_line
 from swtpm_prop.trust.tables import Report
 
 
@@ -28,72 +30,81 @@ class Summary(NamedTuple):
     size: int
 
 
-def build(path: Path, certificates: Iterable[Certificate], expires: int | None, report: Report) -> Summary:
+def build(
+    path: Path, certificates: Iterable[Certificate], expires: int | None, report: Report, floors: Floors = NONE
+) -> Summary:
     """Replace the index at ``path``; whatever goes wrong, the old one stays and nothing else is left.
+
+    This host's clock is taken to be right, whatever time the index saw before.
 
     Args:
         path: where guests read it; its directory exists.
         certificates: verified ones (`certificate.verify`), taken one by one; the same one twice is one.
         expires: seconds since the epoch after which nothing in it counts; None: the latest end of a certificate.
         report: called as it goes.
+        floors: what is below them does not count.
 
     Raises:
         StoreError: ``store.directory``, ``store.busy`` (another build runs), ``store.write``, ``store.no-expiry`` (no
             certificate and no ``expires``), ``store.collision``, ``store.candidates``.
         Error: whatever ``certificates`` raises.
     """
-    with _replacing(path) as new, _writing(new) as db:
-        db.executescript(tables.SCHEMA)
-        # One transaction: SQLite's change counter, and with it the bytes, depend on nothing else.
-        db.execute("BEGIN")
-        entries = tables.fill(db, certificates, expires, report)
-        db.execute("COMMIT")
-        report("checking", entries)
-        if db.execute("PRAGMA integrity_check").fetchone() != ("ok",):
-            raise StoreError("store.write", "SQLite built a file that it does not accept", "check disk and memory")
-    return _summary(path)
+    with exclusive(path.parent, "the index") as directory:
+        return _build(path, directory, certificates, expires, report, floors)
 
 
 def update(
-    path: Path, added: Iterable[Certificate], removed_ids: Collection[str], expires: int | None, report: Report
+    path: Path,
+    added: Iterable[Certificate],
+    removed_ids: Collection[str],
+    expires: int,
+    report: Report,
+    floors: Floors = NONE,
 ) -> Summary:
     """Replace the index at ``path`` by a copy in which only what changed is written; else as `build`.
 
-    It then holds, row for row, what `build` would make of the same certificates: those that `held` names without
-    ``removed_ids``, and ``added``. One that is there already is not added, one that is not there is not removed. If
-    nothing changes, nothing is written. Where there is no usable index `held` is empty: then ``added`` is all there is,
-    and the index is built from it.
+    It then holds, row for row, what `build` would make of the same certificates and floors: those certificates that
+    `held` names without ``removed_ids``, and ``added``. One that is there already is not added, one that is not there
+    is not removed. If nothing of this changes, only the end is written, to the file beside it. Where there is no usable
+    index `held` is empty: then ``added`` is all there is, and the index is built from it.
+
+    The latest time that was seen before is not forgotten where the clock has been set back since.
 
     Args:
         path: as in `build`.
         added: verified certificates, taken one by one.
         removed_ids: ids of certificates.
-        expires: as in `build`.
+        expires: seconds since the epoch after which nothing in it counts.
         report: called as it goes.
+        floors: as in `build`.
 
     Raises:
         StoreError: as `build`, and ``store.index-missing``, ``store.index-unreadable``, ``store.index-format``,
-            ``store.index-corrupt``: there is nothing to remove from, or what has to change is damaged; the index must
-            be built from all certificates.
+            ``store.index-undated``, ``store.index-corrupt``: there is nothing to remove from, or what has to change is
+            damaged; the index must be built from all certificates.
         Error: whatever ``added`` raises.
     """
     coming = iter(added)
     first = list(islice(coming, 1))
-    try:
-        base = _summary(path)
-    except StoreError:
-        if removed_ids:
-            raise
-        return build(path, chain(first, coming), expires, report)
-    if not first and not removed_ids and expires == base.expires:
-        return base
-    with _replacing(path) as new:
-        report("copying", 0)
-        _copy(path, new)
-        with _writing(new) as db:
-            db.execute("BEGIN")
-            tables.change(db, chain(first, coming), removed_ids, expires, report)
-            db.execute("COMMIT")
+    with exclusive(path.parent, "the index") as directory:
+        try:
+            base = _opened(path)
+        except StoreError:
+            if removed_ids:
+                raise
+            return _build(path, directory, chain(first, coming), expires, report, floors)
+        seen = max(base.seen, int(time.time()))
+        if not first and not removed_ids and base.floors == to_text(floors):
+            _prolong(path, directory, validity_line(base.id, expires, seen))
+            return _summary(path)
+        with _replacing(path, directory) as new:
+            report("copying", 0)
+            _copy(path, new)
+            with _writing(new) as db:
+                db.execute("BEGIN")
+                contents = tables.change(db, chain(first, coming), removed_ids, floors, report)
+                db.execute("COMMIT")
+            _date(new, path, contents.id, expires, seen)
     return _summary(path)
 
 
@@ -106,25 +117,104 @@ def held(path: Path) -> frozenset[str]:
         return frozenset()
 
 
+def last_seen(path: Path) -> int:
+    """The latest time that the writer of the index at ``path`` saw; 0 if there is no usable index."""
+    try:
+        return _opened(path).seen
+    except StoreError:
+        return 0
+
+
+def _build(
+    path: Path, directory: int, certificates: Iterable[Certificate], expires: int | None, report: Report, floors: Floors
+) -> Summary:
+    with _replacing(path, directory) as new:
+        with _writing(new) as db:
+            db.executescript(tables.SCHEMA)
+            # One transaction: SQLite's change counter, and with it the bytes, depend on nothing else.
+            db.execute("BEGIN")
+            contents = tables.fill(db, certificates, floors, report)
+            db.execute("COMMIT")
+            report("checking", contents.entries)
+            if db.execute("PRAGMA integrity_check").fetchone() != ("ok",):
+                raise StoreError("store.write", "SQLite built a file that it does not accept", "check disk and memory")
+        until = contents.latest if expires is None else expires
+        if until is None:
+            what = "an index without certificates needs an end of its own"
+            raise StoreError("store.no-expiry", what, "give --expires")
+        _date(new, path, contents.id, until, int(time.time()))
+    return _summary(path)
+
+
+def _opened(path: Path) -> Index:
+    """The index, closed again, for what it says of itself."""
+    index = Index.open(str(path))
+    index.close()
+    return index
+
+
 def _summary(path: Path) -> Summary:
-    with closing(Index.open(str(path))) as index:
-        return Summary(index.certificates, index.entries, index.expires, path.stat().st_size)
+    index = _opened(path)
+    return Summary(index.certificates, index.entries, index.expires, path.stat().st_size)
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write the new index to; it takes its place unless something is raised."""
-    with exclusive(path.parent, "the index") as directory:
-        new = path.with_name(f".{path.name}.new")
-        # A build that was killed left it, for there is none running now.
-        new.unlink(missing_ok=True)
-        try:
-            yield new
-            _settle(new)
-            new.replace(path)
+def _replacing(path: Path, directory: int) -> Iterator[Path]:
+    """A file beside ``path`` to write the new index to; with its `_date` it takes its place unless something is raised.
+
+    First the dates of both, then the index: whenever this ends, the index that is there has its date.
+    """
+    new = path.with_name(f".{path.name}.new")
+    # A build that was killed left them, for there is none running now.
+    with _temporary(new), _temporary(_dates(new)):
+        yield new
+        _settle(new)
+        for file, place in ((_dates(new), _dates(path)), (new, path)):
+            file.replace(place)
             os.fsync(directory)
-        finally:
-            new.unlink(missing_ok=True)
+
+
+def _prolong(path: Path, directory: int, line: str) -> None:
+    """Give the index that is there a new date; touched, it is opened anew by those who have read the old one."""
+    new = _dates(path.with_name(f".{path.name}.new"))
+    with _temporary(new):
+        _write_dates(new, line)
+        new.replace(_dates(path))
+        os.utime(path)
+        os.fsync(directory)
+
+
+@contextmanager
+def _temporary(file: Path) -> Iterator[None]:
+    file.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _dates(path: Path) -> Path:
+    return Path(validity(str(path)))
+
+
+def _date(new: Path, path: Path, id: bytes, expires: int, seen: int) -> None:
+    """Write down until when the new index is good, and still the same of the one it replaces."""
+    line = validity_line(id, expires, seen)
+    try:
+        old = _opened(path)
+    except StoreError:
+        _write_dates(_dates(new), line)
+    else:
+        kept = validity_line(old.id, old.expires, old.seen) if old.id != id else ""
+        _write_dates(_dates(new), kept + line)
+
+
+def _write_dates(file: Path, lines: str) -> None:
+    with file.open("x") as opened:
+        opened.write(lines)
+        opened.flush()
+        os.fchmod(opened.fileno(), 0o644)
+        os.fsync(opened.fileno())
 
 
 @contextmanager
@@ -165,6 +255,8 @@ def _failed(error: sqlite3.Error) -> StoreError:
             f"more than {CANDIDATES} entries for one digest",
             "find the issuer that certifies one thing so often and take it from the trust file",
         )
+    if code == sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY:
+        return tables.collision("what two certificates say of a component begins with the same bits")
     if code & 0xFF == sqlite3.SQLITE_CORRUPT:
         return tables.damaged(str(error))
     return StoreError(

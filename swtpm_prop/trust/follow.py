@@ -33,8 +33,9 @@ from swtpm_prop.trust import build, certificate, issuers, keys
 from swtpm_prop.trust.build import Summary
 from swtpm_prop.trust.certificate import Certificate
 from swtpm_prop.trust.files import exclusive, read_file, write_file
+from swtpm_prop.trust.floors import Floors, checked, joined
 from swtpm_prop.trust.issuers import Trust
-from swtpm_prop.trust.repository import ROLES
+from swtpm_prop.trust.repository import FLOORS, ROLES
 from swtpm_prop.trust.tables import Report
 
 Running = Callable[[Sequence[str], str], Any]
@@ -78,26 +79,26 @@ def sync(layout: Layout, url: str, fetcher: FetcherInterface, running: Running, 
             ``store.invalid``; and what `build.update` raises.
         TrustError: what `issuers.load` raises.
     """
-    trust = issuers.load(layout.trust)
+    trust, own = issuers.load(layout.trust), issuers.load_floors(layout.trust)
     with _alone(layout):
         cache = _Cache(layout.store, trust)
         with _told(url):
             updater = _refreshed(layout, url, fetcher)
             roles = _accepted(layout)
+            end = _end(roles, build.last_seen(layout.index))
+            floors = joined(own, _floors(roles[Targets.type]))
             listed, refused = _listed(roles[Targets.type])
             _fetch(updater, cache, listed, running)
         refused += _verify(cache, listed, trust, running)
         held = build.held(layout.index)
         wanted = {cache.verified[name]: name for name in listed if name in cache.verified}
         added = [name for id, name in wanted.items() if id not in held]
-        # What nobody renews counts no longer: the first role to run out ends the index.
-        expires = int(min(role.expires for role in roles.values()).timestamp())
         try:
-            summary = build.update(layout.index, cache.certificates(added), held - wanted.keys(), expires, report)
+            summary = build.update(layout.index, cache.certificates(added), held - wanted.keys(), end, report, floors)
         except StoreError as error:
             if error.id != "store.index-corrupt":
                 raise
-            summary = build.build(layout.index, cache.certificates(wanted.values()), expires, report)
+            summary = build.build(layout.index, cache.certificates(wanted.values()), end, report, floors)
         cache.sweep(listed)
     return Outcome(len(added), len(held - wanted.keys()), tuple(refused), summary)
 
@@ -142,6 +143,27 @@ def _accepted(layout: Layout) -> dict[str, Any]:
     """What the refresh accepted and kept, by role."""
     kept = layout.store / "metadata"
     return {role: Metadata.from_file(str(kept / f"{role}.json")).signed for role in ROLES}
+
+
+def _end(roles: Mapping[str, Any], seen: int) -> int:
+    """What nobody renews counts no longer: the first role to run out ends the index. ``seen`` is the latest time seen.
+
+    The TUF client has compared them with the clock; it may have been set back.
+    """
+    end = int(min(role.expires for role in roles.values()).timestamp())
+    if end < seen:
+        what = f"the store expired at {certificate.format_time(end)}, and this host has seen later times than that"
+        raise StoreError(
+            "store.expired", what, "set the clock of this host; if it is right, run swtpm-prop store build"
+        )
+    return end
+
+
+def _floors(targets: Targets) -> Floors:
+    try:
+        return checked(targets.unrecognized_fields.get(FLOORS, {}))
+    except TrustError as error:
+        raise StoreError("store.invalid", f"the store makes no sense: {error.what}", _WAIT) from error
 
 
 def _listed(targets: Targets) -> tuple[dict[str, TargetFile], list[Refusal]]:

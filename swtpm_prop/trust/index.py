@@ -3,8 +3,13 @@
 An SQLite file that is never changed, only replaced. Table ``entry`` has a row for each thing certified: the number of
 the row begins with its strongest-known digest's first 47 bits, so that finding it is one descent of one tree. The
 digests themselves are compared in full. Table ``alias`` leads from the first bits of its other digests to that row.
-A row names its certificate by 63 bits of the certificate's own id, and each row of ``certificate`` carries a checksum:
-no flipped bit on the disk can move a digest to another certificate or change what one says.
+A row names its part of a certificate, what that says of one version of one component, by 63 bits of a hash, and each
+row of ``part`` and ``certificate`` carries a checksum: no flipped bit on the disk can move a digest to another
+certificate or change what one says. ``below`` of a part are the properties that it does not have on this host, because
+the version is below a floor (`trust.floors`).
+
+Until when all this is good is in a file of its own beside it, so that a new end costs nothing; it names the index it
+speaks of, and while one takes the place of the other it names both.
 """
 
 from __future__ import annotations
@@ -18,14 +23,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from swtpm_prop.errors import StoreError
-from swtpm_prop.limits import CANDIDATES, CLAIMS_KEPT
+from swtpm_prop.limits import CANDIDATES, CLAIMS_KEPT, VALIDITY_BYTES
 from swtpm_prop.tpm.algorithms import STRONG
 from swtpm_prop.translate.verdict import Verdict
 
 APPLICATION_ID = 0x73775049
 """In the SQLite header (offset 68, big-endian): "swPI"."""
 
-FORMAT = 1
+FORMAT = 2
 """In the SQLite header as user_version (offset 60, big-endian)."""
 
 SLOT_ROWS = 1 << 16
@@ -43,13 +48,20 @@ _NAMES = tuple(algorithm.name for algorithm in STRONG)
 
 
 class Claim(NamedTuple):
-    """One certificate of the index. Times are seconds since the epoch, both ends included."""
+    """A certificate of the index, or what it says of one version of a component.
+
+    Times are seconds since the epoch, both ends included. ``below`` has the properties for which this version does not
+    count on this host, each with the lowest one that does.
+    """
 
     id: str
     issuer: str
     not_before: int
     not_after: int
     properties: tuple[str, ...]
+    component: str = ""
+    version: str = ""
+    below: Mapping[str, str] = {}
 
 
 def slot(digest: bytes) -> int:
@@ -60,6 +72,22 @@ def slot(digest: bytes) -> int:
 def number(certificate: str) -> int:
     """The row number of a certificate: the first 63 bits of its id's SHA-256."""
     return int(certificate.removeprefix("sha256:")[:16], 16) >> 1
+
+
+def part_number(certificate: str, component: str, version: str) -> int:
+    """The row number of what a certificate says of one version of a component, both empty if it names none."""
+    return int.from_bytes(checksum(certificate, component, version)[:8], "big") >> 1
+
+
+def validity(path: str) -> str:
+    """The file that says until when the index at ``path`` is good."""
+    return f"{path}.until"
+
+
+def validity_line(id: bytes, expires: int, seen: int) -> str:
+    """A line of it: the index's id (32 bytes), its end, the latest time its writer saw, a checksum."""
+    said = f"{id.hex()} {expires} {seen}"
+    return f"{said} {checksum(said).hex()}\n"
 
 
 def checksum(*fields: object) -> bytes:
@@ -121,7 +149,9 @@ class Index:
         self._db: sqlite3.Connection | None = None
         self._failure = "the index is closed"
         self._claims: dict[int, Claim] = {}
-        self.expires = self.entries = self.certificates = 0
+        self.expires = self.seen = self.entries = self.certificates = 0
+        self.id = b""
+        self.floors = ""
 
     @classmethod
     def open(cls, path: str) -> Index:
@@ -129,7 +159,8 @@ class Index:
 
         Raises:
             StoreError: ``store.index-missing``, ``store.index-unreadable``, ``store.index-format`` (something else, or
-                of another version), ``store.index-corrupt``.
+                of another version), ``store.index-corrupt``, ``store.index-undated`` (nothing says until when this
+                very index is good).
         """
         index = cls(path)
         index._load()
@@ -163,10 +194,11 @@ class Index:
         Args:
             properties: all of them are needed; none at all is never certified.
             measured: algorithm name to digest as supplied; SHA-1 is ignored.
-            now: seconds since the epoch, UTC.
+            now: seconds since the epoch, UTC. A clock that was set back, behind the latest time that the index's
+                writer saw, is not believed: what had ended then has ended.
         """
         try:
-            return self._judge(properties, measured, now)
+            return self._judge(properties, measured, max(now, self.seen))
         except StoreError as error:
             return Verdict(False, (), "no-index", error.what)
         except Exception as error:
@@ -194,12 +226,14 @@ class Index:
         Raises:
             StoreError: ``store.index-corrupt``.
         """
+        counts: dict[str, tuple[Claim, int]] = {}
         try:
-            counted = self._connection().execute("SELECT certificate, count(*) FROM entry GROUP BY 1 ORDER BY 1")
-            for at, count in counted:
-                yield self._claim(at), count
+            for at, count in self._connection().execute("SELECT part, count(*) FROM entry GROUP BY 1"):
+                whole = Claim(*self._claim(at)[:5])
+                counts[whole.id] = whole, counts.get(whole.id, (whole, 0))[1] + count
         except _FAULTS as error:
             raise _damaged(str(error)) from error
+        yield from (counts[id] for id in sorted(counts))
 
     def ids(self) -> Iterator[str]:
         """The id of every certificate.
@@ -227,12 +261,15 @@ class Index:
                     covering[at] = self._claims.get(at) or self._claim(at)
                 else:
                     other = at
-            if covering:
+            # Where there are floors, the last row found may be the one that says what the thing is.
+            if covering and not self.floors:
                 chosen = _choose(properties, covering.values(), now)
                 if chosen:
                     return Verdict(True, chosen)
         if covering:
-            return _refusal(properties, tuple(covering.values()), now)
+            counting = _above_floors(covering.values()) if self.floors else covering.values()
+            chosen = _choose(properties, counting, now) if self.floors else ()
+            return Verdict(True, chosen) if chosen else _refusal(properties, covering.values(), counting, now)
         if other:
             why = f"certificate {self._claim(other).id} has one of the digests, but not all"
             return Verdict(False, (), "mismatch", why)
@@ -249,10 +286,11 @@ class Index:
 
     def _read_claim(self, at: int) -> Claim:
         row = self._connection().execute(_BY_NUMBER, (at,)).fetchone()
-        if row is None or row[-1] != checksum(at, *row[:-1]):
+        if row is None or row[6] != checksum(*row[:6]) or row[10] != checksum(at, row[0], *row[7:10]):
             raise _damaged("a certificate is missing or changed")
-        id, issuer, not_before, not_after, properties, _ = row
-        return Claim(id, issuer, not_before, not_after, tuple(properties.split("\n")))
+        _, id, issuer, not_before, not_after, properties, _, component, version, below, _ = row
+        limits = dict(line.split(" ") for line in below.splitlines())
+        return Claim(id, issuer, not_before, not_after, tuple(properties.split("\n")), component, version, limits)
 
     def _connection(self) -> sqlite3.Connection:
         if self._db is None:
@@ -290,10 +328,11 @@ class Index:
 
     def _check_contents(self, db: sqlite3.Connection) -> None:
         """The one row of ``meta``, and both ends of the tree, which a file cut and padded would not have."""
-        meta = db.execute("SELECT expires, entries, certificates, checksum FROM meta").fetchall()
+        meta = db.execute("SELECT id, entries, certificates, floors, checksum FROM meta").fetchall()
         if len(meta) != 1 or meta[0][-1] != checksum(*meta[0][:-1]):
             raise _damaged("it does not say what it holds")
-        self.expires, self.entries, self.certificates, _ = meta[0]
+        self.id, self.entries, self.certificates, self.floors, _ = meta[0]
+        self.expires, self.seen = _read_validity(self._path, self.id)
         for query in (_FIRST, _LAST):
             row = db.execute(query).fetchone()
             if (row is None) != (self.entries == 0):
@@ -303,14 +342,18 @@ class Index:
                 self._claim(row[1])
 
 
-_BY_ENTRY = "SELECT digests, certificate FROM entry WHERE id BETWEEN ? AND ?"
+_BY_ENTRY = "SELECT digests, part FROM entry WHERE id BETWEEN ? AND ?"
 _BY_ALIAS = """
-    SELECT entry.digests, entry.certificate FROM alias JOIN entry ON entry.id = alias.entry
+    SELECT entry.digests, entry.part FROM alias JOIN entry ON entry.id = alias.entry
     WHERE alias.id BETWEEN ? AND ?
 """
-_BY_NUMBER = "SELECT id, issuer, not_before, not_after, properties, checksum FROM certificate WHERE number = ?"
-_FIRST = "SELECT digests, certificate FROM entry ORDER BY id LIMIT 1"
-_LAST = "SELECT digests, certificate FROM entry ORDER BY id DESC LIMIT 1"
+_BY_NUMBER = """
+    SELECT certificate.number, id, issuer, not_before, not_after, properties, certificate.checksum,
+        component, version, below, part.checksum
+    FROM part JOIN certificate ON certificate.number = part.certificate WHERE part.number = ?
+"""
+_FIRST = "SELECT digests, part FROM entry ORDER BY id LIMIT 1"
+_LAST = "SELECT digests, part FROM entry ORDER BY id DESC LIMIT 1"
 
 
 _SEARCHES = (*((_BY_ENTRY, name) for name in _NAMES), *((_BY_ALIAS, name) for name in _NAMES[1:]))
@@ -318,7 +361,7 @@ _SEARCHES = (*((_BY_ENTRY, name) for name in _NAMES), *((_BY_ALIAS, name) for na
 
 
 def _rows(db: sqlite3.Connection, query: str, digest: bytes | None) -> Iterable[tuple[bytes, int]]:
-    """Digests and certificate number of each row that may have this digest."""
+    """Digests and number of the part of each row that may have this digest."""
     if digest is None:
         return ()
     first = slot(digest)
@@ -339,14 +382,34 @@ def _choose(properties: Sequence[str], claims: Iterable[Claim], now: int) -> tup
     return tuple(sorted(chosen))
 
 
-def _refusal(properties: Sequence[str], claims: Sequence[Claim], now: int) -> Verdict:
-    """Why certificates that cover the measurement are not enough: the first property that is not certified."""
+def _above_floors(claims: Iterable[Claim]) -> list[Claim]:
+    """The claims without the properties for which the thing is below a floor, whoever certifies it, as what it may.
+
+    A version of the same component that is high enough keeps them: most files of a package do not change.
+    """
+    barred = {(uri, claim.component) for claim in claims for uri in claim.below}
+    left = []
+    for claim in claims:
+        bars = {uri for uri, component in barred if component != claim.component or uri in claim.below}
+        left.append(claim._replace(properties=tuple(uri for uri in claim.properties if uri not in bars)))
+    return left
+
+
+def _refusal(properties: Sequence[str], claims: Iterable[Claim], counting: Iterable[Claim], now: int) -> Verdict:
+    """Why certificates that cover the measurement are not enough: the first property that is not certified.
+
+    ``counting`` are those claims with the properties that floors leave them.
+    """
     for uri in properties:
-        able = [claim for claim in claims if uri in claim.properties]
+        able = [claim for claim in counting if uri in claim.properties]
         if any(claim.not_before <= now <= claim.not_after for claim in able):
             continue
+        low = next((claim for claim in claims if uri in claim.below), None)
+        if low and not able:
+            named = f"{low.component} {low.version}".rstrip()
+            return Verdict(False, (), "below-floor", f"{named} is below {low.below[uri]}, the lowest for {uri}")
         if not able:
-            return Verdict(False, (), "property", f"certificate {claims[0].id} does not certify {uri}")
+            return Verdict(False, (), "property", f"certificate {next(iter(claims)).id} does not certify {uri}")
         last = max(able, key=lambda claim: claim.not_after)
         if last.not_after < now:
             why = f"certificate {last.id} for {uri} expired at {_time(last.not_after)}"
@@ -358,7 +421,7 @@ def _refusal(properties: Sequence[str], claims: Sequence[Claim], now: int) -> Ve
 
 def _check_header(path: str) -> tuple[int, ...]:
     """The identity of a file whose SQLite header (SQLite file format, section 1.3) is one of ours."""
-    header, status = _read_header(path)
+    header, status = _read_start(path, _HEADER_BYTES)
     if len(header) < _HEADER_BYTES:
         raise _damaged("it is cut off")
     if header[:16] != b"SQLite format 3\0" or int.from_bytes(header[68:72], "big") != APPLICATION_ID:
@@ -373,7 +436,24 @@ def _check_header(path: str) -> tuple[int, ...]:
     return _identify(status)
 
 
-def _read_header(path: str) -> tuple[bytes, os.stat_result]:
+def _read_validity(path: str, id: bytes) -> tuple[int, int]:
+    """End of the index with this id, and the latest time its writer saw; seconds since the epoch."""
+    try:
+        data, _ = _read_start(validity(path), VALIDITY_BYTES)
+        for line in data.decode("ascii").splitlines():
+            name, expires, seen, _ = line.split(" ")
+            if name == id.hex() and f"{line}\n" == validity_line(id, int(expires), int(seen)):
+                return int(expires), int(seen)
+        why = "it speaks of another one"
+    except StoreError as error:
+        why = error.what
+    except ValueError:
+        why = "it is damaged"
+    what = f"'{validity(path)}' does not say until when the certificate index is good: {why}"
+    raise StoreError("store.index-undated", what, _MEND)
+
+
+def _read_start(path: str, most: int) -> tuple[bytes, os.stat_result]:
     try:
         # Not blocking: a FIFO in its place must not hold up a guest's start.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -381,7 +461,7 @@ def _read_header(path: str) -> tuple[bytes, os.stat_result]:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise StoreError("store.index-unreadable", f"'{path}' is no regular file", _MEND)
-            return os.read(descriptor, _HEADER_BYTES), status
+            return os.read(descriptor, most), status
         finally:
             os.close(descriptor)
     except FileNotFoundError:

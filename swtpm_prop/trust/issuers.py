@@ -1,4 +1,4 @@
-"""Whom this host believes: the trust file names issuers, their keys, and the properties each may speak for."""
+"""Whom this host believes: the trust file names issuers, their keys, the properties each may speak for, and floors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from swtpm_prop.errors import TrustError
 from swtpm_prop.limits import ISSUER_KEYS, KEY_BYTES, TRUST_BYTES
-from swtpm_prop.trust import keys
+from swtpm_prop.trust import floors, keys
 from swtpm_prop.trust.files import read_file
+from swtpm_prop.trust.floors import Floors
 from swtpm_prop.trust.keys import PublicKey
 from swtpm_prop.trust.uri import check_property
 
@@ -48,6 +49,11 @@ def load(path: Path) -> Trust:
     return parse(read_file(path, TRUST_BYTES), path.parent)
 
 
+def load_floors(path: Path) -> Floors:
+    """The floors of a trust file; raises as `load`."""
+    return _floors(_toml(read_file(path, TRUST_BYTES)))
+
+
 def parse(data: bytes, directory: Path) -> Trust:
     """The issuers in a TOML document.
 
@@ -55,17 +61,34 @@ def parse(data: bytes, directory: Path) -> Trust:
         TrustError: ``trust.file`` (with what is wrong where), ``trust.key`` (a key that is none or of another kind).
     """
     document = _toml(data)
-    _only(document, {"issuer"}, "the trust file")
-    tables = document.get("issuer", [])
-    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise _refused("'issuer' is no table", "write [[issuer]] above each issuer")
+    _only(document, {"issuer", "floor"}, "the trust file")
+    _floors(document)
     trust: dict[str, Issuer] = {}
-    for table in tables:
+    for table in _tables(document, "issuer"):
         issuer = _issuer(table, directory)
         if issuer.id in trust:
             raise _refused(f"issuer '{issuer.id}' is there twice")
         trust[issuer.id] = issuer
     return trust
+
+
+def _tables(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    tables = document.get(name, [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise _refused(f"'{name}' is no table", f"write [[{name}]] above each {name}")
+    return tables
+
+
+def _floors(document: dict[str, Any]) -> Floors:
+    each = []
+    for table in _tables(document, "floor"):
+        _only(table, {"component", "below", "properties"}, "a floor")
+        properties = _strings(table, "properties", "a floor") if "properties" in table else ()
+        try:
+            each.append(floors.one(table.get("component"), table.get("below"), properties))
+        except TrustError as error:
+            raise _refused(error.what, error.mend) from error
+    return floors.joined(*each)
 
 
 def _issuer(table: dict[str, Any], directory: Path) -> Issuer:

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,17 +26,15 @@ from swtpm_prop.limits import CERTIFICATE_BYTES, METADATA_BYTES_MOST, METADATA_K
 from swtpm_prop.trust import certificate, repository
 from swtpm_prop.trust.certificate import Certificate
 from swtpm_prop.trust.files import exclusive, read_file, write_file
+from swtpm_prop.trust.floors import Floors
 from swtpm_prop.trust.repository import Change, Missing, State, Wanted
+from swtpm_prop.trust.revoked import Revoked
 from swtpm_prop.trust.signers import Ask, open_signers
-from swtpm_prop.trust.sources import COMPONENT, VERSION, Subject
-from swtpm_prop.trust.version import sort_key
+from swtpm_prop.trust.sources import COMPONENT, Subject
 
 T = TypeVar("T")
 Running = Callable[[Sequence[T], str], Any]
 """Wraps long work to show progress, as `cli.output.progress`; a context manager of an iterator."""
-
-_MARK = 32
-"""Hex digits that are remembered of a revoked digest. Other digests that begin so would be refused, no more."""
 
 _SIMILAR = 10
 """Components that are suggested for one that is not there."""
@@ -47,10 +43,14 @@ _VERSIONED = re.compile(r"([1-9][0-9]{0,9})\.(root|targets|snapshot)\.json")
 
 
 class Revocation(NamedTuple):
-    """Ids of the certificates that were revoked: as asked, and because they cover some of the same as well."""
+    """Ids of certificates: revoked as asked, revoked because they cover some of the same as well, and those that stay
+
+    but no longer count for all that they say.
+    """
 
     revoked: tuple[str, ...]
     covering: tuple[str, ...]
+    limited: tuple[str, ...]
 
 
 class Publication(NamedTuple):
@@ -120,53 +120,94 @@ class Publisher:
             TrustError: as `certificate.read`. StoreError: ``store.revoked``, ``store.busy``, ``store.absent``.
         """
         with self._alone():
-            revoked = _Revoked.load(self._revoked_file)
+            revoked = Revoked.load(self._revoked_file)
             taken = {}
             with running(files, "reading") as each:
                 for file in each:
-                    data = read_file(file, CERTIFICATE_BYTES)
-                    revoked.refuse(certificate.read(data), file)
+                    data, one = _read(file)
+                    revoked.refuse(one, file)
                     taken[_name(data)] = data
             new = [name for name in taken if not (self.certificates / name).exists()]
             for name in new:
                 write_file(self.certificates / name, taken[name])
         return len(new)
 
-    def revoke(self, named: Collection[str], below: tuple[str, str] | None, running: Running[Path]) -> Revocation:
+    def revoke(self, named: Collection[str], floors: Floors, running: Running[Path]) -> Revocation:
         """Take certificates out of the next publication, and never let them or what they cover in again.
 
         Others that cover some of it go, too. What a newer version of the same component in the store has as well is
-        not condemned.
+        not condemned. A certificate of which a floor leaves something stays, and hosts heed the floor.
 
         Args:
             named: ids of certificates (``sha256:`` and the hash of the payload).
-            below: a component and a version; older versions of it are condemned, nothing else in their certificates.
+            floors: of one component or none; what is below them is condemned, nothing else in its certificates.
             running: shows progress.
 
         Raises:
-            StoreError: ``store.certificate-unknown``, ``store.busy``, ``store.absent``, ``store.revoked-full``.
-            TrustError: ``trust.version``, ``trust.component``: nothing is older.
+            StoreError: ``store.certificate-unknown``, ``store.certificate-malformed``, ``store.busy``,
+                ``store.absent``, ``store.revoked-full``.
+            TrustError: ``trust.component``: nothing is below.
         """
         with self._alone():
-            record = _Revoked.load(self._revoked_file)
+            record = Revoked.load(self._revoked_file)
             held = self._held(running)
-            going = _named(held, named)
-            bad = [subject for file in going for subject in held[file].subjects]
-            older: dict[Path, list[Subject]] = {}
-            if below:
-                older = _all_older(held, *below)
-                record.components[below[0]] = _later(record.components.get(below[0]), below[1])
-                going |= {file for file, old in older.items() if len(old) == len(_of(held[file], below[0]))}
-                bad += [subject for old in older.values() for subject in old]
-            staying = held.keys() - going - older.keys()
-            record.condemn(bad, (subject for file in staying for subject in held[file].subjects))
-            covering = older.keys() - going | {file for file in staying if record.condemned(held[file])}
+            ids = {file: one.id for file, one in held.items()}
+            going = {file for id in named for file in _find(ids, id)}
+            record.condemn(subject for file in going for subject in held[file].subjects)
+            low = {file: found for file, one in held.items() if floors and (found := record.low(one, floors))}
+            if floors and not low:
+                raise _absent(held.values(), floors)
+            record.lower(floors, (one for found in low.values() for one in found))
+            dead = {file: subjects for file in low if (subjects := record.dead(held[file]))}
+            going |= {file for file, old in dead.items() if len(old) == len(_like(held[file], old[0]))}
+            staying = held.keys() - going - dead.keys()
+            record.forgive(subject for file in staying for subject in held[file].subjects)
+            covering = dead.keys() - going | {file for file in staying if record.condemned(held[file])}
             record.certificates |= {file.name: held[file].id for file in going | covering}
             record.save(self._revoked_file)
             # From here on a publication leaves them out, files or not.
             for file in going | covering:
                 file.unlink()
-        return Revocation(*(tuple(sorted({held[file].id for file in files})) for files in (going, covering)))
+        limited = low.keys() - going - covering
+        return Revocation(*(tuple(sorted({ids[file] for file in files})) for files in (going, covering, limited)))
+
+    def remove(self, beginnings: Collection[str], files: Collection[Path], running: Running[Path]) -> tuple[str, ...]:
+        """Take certificates out of the next publication that were issued in error; nothing is held against them.
+
+        Args:
+            beginnings: how the ids of certificates begin.
+            files: certificates of which the store has a copy, or files below `certificates`, whatever is in them.
+            running: shows progress.
+
+        Returns:
+            The names of the files that are gone.
+
+        Raises:
+            StoreError: ``store.certificate-unknown``, ``store.busy``, ``store.absent``.
+            TrustError: what `read_file` raises.
+        """
+        with self._alone():
+            going = {self._copy_of(file) for file in files}
+            if beginnings:
+                ids = {}
+                with running(sorted(self.certificates.glob("*.json")), "reading") as each:
+                    for file in each:
+                        with suppress(TrustError):
+                            ids[file] = _read(file)[1].id
+                going |= {file for beginning in beginnings for file in _find(ids, beginning)}
+            for file in going:
+                file.unlink()
+        return tuple(sorted(file.name for file in going))
+
+    def _copy_of(self, file: Path) -> Path:
+        if file.exists() and file.resolve().parent == self.certificates.resolve():
+            return self.certificates / file.name
+        copy = self.certificates / _name(read_file(file, CERTIFICATE_BYTES))
+        if not copy.exists():
+            raise StoreError(
+                "store.certificate-unknown", f"the store has no copy of '{file}'", "name the id of the certificate"
+            )
+        return copy
 
     def publish(self, names: Sequence[str], ask: Ask, now: datetime) -> Publication:
         """Sign with the named keys, and publish what then has enough signatures; see `repository.advance`.
@@ -240,29 +281,44 @@ class Publisher:
 
     def _held(self, running: Running[Path]) -> dict[Path, Certificate]:
         with running(sorted(self.certificates.glob("*.json")), "reading") as each:
-            return {file: certificate.read(read_file(file, CERTIFICATE_BYTES)) for file in each}
+            return {file: self._kept(file)[1] for file in each}
 
-    def _wanted(self, before: Collection[str]) -> dict[str, TargetFile]:
-        """What shall be published. What was before, `revoke` has looked at; what is new may have come past `add`."""
-        revoked = _Revoked.load(self._revoked_file)
-        wanted = {}
+    def _kept(self, file: Path) -> tuple[bytes, Certificate]:
+        """A certificate of the store. Something else there must not stop the next publication without saying why."""
+        try:
+            return _read(file)
+        except TrustError as error:
+            mend = f"take it out: swtpm-prop store remove {self.directory} {file}"
+            raise StoreError("store.certificate-malformed", f"it is no certificate: {error.what}", mend) from error
+
+    def _wanted(self, before: Collection[str]) -> Wanted:
+        """What shall be published. What was before has been looked at; what is new may have come past `add`."""
+        revoked = Revoked.load(self._revoked_file)
+        targets = {}
         for file in sorted(self.certificates.glob("*.json")):
             if file.name in revoked.certificates:
                 continue
             target = f"certificates/{file.name}"
-            if revoked.certificates and target not in before:
-                revoked.refuse(certificate.read(read_file(file, CERTIFICATE_BYTES)), file)
-            wanted[target] = TargetFile(file.stat().st_size, {"sha256": file.stem}, target)
-        return wanted
+            if target not in before:
+                data, one = self._kept(file)
+                if _name(data) != file.name:
+                    raise self._changed(file)
+                revoked.refuse(one, file)
+            targets[target] = TargetFile(file.stat().st_size, {"sha256": file.stem}, target)
+        return Wanted(targets, revoked.floors)
+
+    def _changed(self, file: Path) -> StoreError:
+        mend = f"take it out, and add it anew: swtpm-prop store remove {self.directory} {file}"
+        return StoreError("store.changed", f"'{file}' is not what its name says", mend)
 
     def _copy_certificates(self, wanted: Wanted) -> None:
-        for target, listed in wanted.items():
+        for target, listed in wanted.targets.items():
             (to,) = (self.targets / path for path in listed.get_prefixed_paths())
             if to.exists():
                 continue
             data = read_file(self.directory / target, CERTIFICATE_BYTES)
             if _name(data) != to.name.partition(".")[2]:
-                raise StoreError("store.changed", f"'{target}' is not what its name says", "remove it and add it again")
+                raise self._changed(self.directory / target)
             write_file(to, data)
 
     def _sweep(self) -> None:
@@ -283,140 +339,44 @@ class Publisher:
                 path.unlink()
 
 
-class _Revoked:
-    """What must not come in again.
-
-    Attributes:
-        certificates: files and their certificates' ids.
-        components: their first good version.
-        digests: by component and version of what was revoked, each "" if it had none: how its digests begin. A newer
-            version of the component may have them still, nothing else.
-    """
-
-    def __init__(
-        self, certificates: dict[str, str], components: dict[str, str], digests: dict[str, dict[str, set[str]]]
-    ) -> None:
-        self.certificates = certificates
-        self.components = components
-        self.digests = digests
-
-    @classmethod
-    def load(cls, path: Path) -> _Revoked:
-        if not path.exists():
-            return cls({}, {}, {})
-        try:
-            value = json.loads(read_file(path, METADATA_BYTES_MOST))
-            digests = {
-                component: {version: set(marks) for version, marks in versions.items()}
-                # Files of before digests were remembered have none.
-                for component, versions in value.get("digests", {}).items()
-            }
-            return cls(dict(value["certificates"]), dict(value["components"]), digests)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise StoreError("store.revoked-unreadable", f"'{path}' makes no sense: {error}", "restore it") from error
-
-    def save(self, path: Path) -> None:
-        value = {"certificates": self.certificates, "components": self.components, "digests": self.digests}
-        data = json.dumps(value, indent=1, sort_keys=True, default=sorted).encode() + b"\n"
-        if len(data) > METADATA_BYTES_MOST:
-            what = f"'{path}' would have more than {METADATA_BYTES_MOST} bytes"
-            raise StoreError("store.revoked-full", what, "make a new store, with what is good")
-        write_file(path, data)
-
-    def condemn(self, bad: Iterable[Subject], staying: Iterable[Subject]) -> None:
-        """Remember the digests of what is bad, and forget those that a newer version which stays has, too."""
-        for subject in bad:
-            component, version = (subject.annotations.get(name, "") for name in (COMPONENT, VERSION))
-            self.digests.setdefault(component, {}).setdefault(version, set()).update(_marks(subject))
-        for subject in staying:
-            component = subject.annotations.get(COMPONENT, "")
-            for version, marks in self.digests.get(component, {}).items():
-                if _newer(subject, component, version):
-                    marks -= _marks(subject)
-
-    def condemned(self, one: Certificate) -> Subject | None:
-        """The first of its subjects that has a digest which was revoked, and is no newer version."""
-        groups = [(name, *group) for name, versions in self.digests.items() for group in versions.items()]
-        for subject in one.subjects:
-            own = _marks(subject)
-            if any(marks & own and not _newer(subject, component, version) for component, version, marks in groups):
-                return subject
-        return None
-
-    def refuse(self, one: Certificate, file: Path) -> None:
-        """Raise ``store.revoked`` if it was revoked, or speaks of a version or of a digest that was."""
-        if one.id in self.certificates.values():
-            raise StoreError("store.revoked", f"'{file}' was revoked", "certify what replaces the things in it")
-        for component, version in self.components.items():
-            if _older(one, component, version):
-                what = f"'{file}' has {component} below {version}, which was revoked"
-                raise StoreError("store.revoked", what, "issue one without it")
-        if subject := self.condemned(one):
-            what = f"'{file}' covers '{subject.name}', and one of its digests was revoked"
-            raise StoreError("store.revoked", what, "issue one without it")
+def _like(one: Certificate, other: Subject) -> list[Subject]:
+    """Those of its subjects that are of the same component."""
+    return [subject for subject in one.subjects if subject.annotations.get(COMPONENT) == other.annotations[COMPONENT]]
 
 
-def _named(held: Mapping[Path, Certificate], named: Collection[str]) -> set[Path]:
-    unknown = set(named) - {one.id for one in held.values()}
-    if unknown:
+def _find(ids: Mapping[Path, str], beginning: str) -> set[Path]:
+    """The files of the one certificate whose id begins so."""
+    found = {file for file, id in ids.items() if id.startswith(beginning)}
+    if len({ids[file] for file in found}) != 1:
+        count = "more than one certificate" if found else "no certificate"
         raise StoreError(
             "store.certificate-unknown",
-            f"the store has no certificate '{min(unknown)}'",
+            f"the store has {count} whose id begins with '{beginning}'",
             "check the id with swtpm-prop cert show FILE",
-        )
-    return {file for file, one in held.items() if one.id in named}
-
-
-def _all_older(held: Mapping[Path, Certificate], component: str, version: str) -> dict[Path, list[Subject]]:
-    """The certificates that speak of older versions, with these subjects; that there are none is a misspelt name."""
-    found = {file: old for file, one in held.items() if (old := _older(one, component, version))}
-    if not found:
-        there = {subject.annotations.get(COMPONENT, "") for one in held.values() for subject in one.subjects} - {""}
-        similar = difflib.get_close_matches(component, sorted(there), _SIMILAR, cutoff=0)
-        raise TrustError(
-            "trust.component",
-            f"the store has nothing of {component} below {version}; nothing was revoked",
-            f"of its {len(there)} components name one: {', '.join(similar)}" if there else "name certificates instead",
         )
     return found
 
 
-def _older(one: Certificate, component: str, version: str) -> list[Subject]:
-    """Those of its subjects that are of the component and older. One without a version counts as older."""
-    good = sort_key(version)
-    return [
-        subject
-        for subject in _of(one, component)
-        if VERSION not in subject.annotations or sort_key(subject.annotations[VERSION]) < good
-    ]
+def _absent(held: Iterable[Certificate], floors: Floors) -> TrustError:
+    """Nothing is below the floors: that is a misspelt name."""
+    component, limits = next(iter(floors.items()))
+    there = {subject.annotations.get(COMPONENT, "") for one in held for subject in one.subjects} - {""}
+    similar = difflib.get_close_matches(component, sorted(there), _SIMILAR, cutoff=0)
+    return TrustError(
+        "trust.component",
+        f"the store has nothing of {component} below {next(iter(limits.values()))} with such properties;"
+        " nothing was revoked",
+        f"of its {len(there)} components name one: {', '.join(similar)}" if there else "name certificates instead",
+    )
 
 
-def _of(one: Certificate, component: str) -> list[Subject]:
-    return [subject for subject in one.subjects if subject.annotations.get(COMPONENT) == component]
-
-
-def _newer(subject: Subject, component: str, version: str) -> bool:
-    """Whether it is of this component, and newer; no version is older than any, and none is newer than what is none."""
-    own = subject.annotations.get(VERSION)
-    if not component or own is None or subject.annotations.get(COMPONENT) != component:
-        return False
-    return not version or _exceeds(own, version)
-
-
-@lru_cache(maxsize=1024)  # Thousands of subjects have the same few versions.
-def _exceeds(one: str, other: str) -> bool:
+def _read(file: Path) -> tuple[bytes, Certificate]:
+    """A certificate and its bytes; raises with the file's name."""
     try:
-        return sort_key(one) > sort_key(other)
-    except TrustError:
-        return False
-
-
-def _marks(subject: Subject) -> set[str]:
-    return {digest.hex()[:_MARK] for digest in subject.digests.values()}
-
-
-def _later(one: str | None, other: str) -> str:
-    return one if one is not None and sort_key(one) > sort_key(other) else other
+        data = read_file(file, CERTIFICATE_BYTES)
+        return data, certificate.read(data)
+    except TrustError as error:
+        raise TrustError(error.id, f"'{file}': {error.what}", error.mend) from error
 
 
 def _ends(state: State) -> dict[str, int]:

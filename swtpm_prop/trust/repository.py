@@ -16,16 +16,33 @@ from tuf.api.metadata import Metadata, MetaFile, Role, Root, Snapshot, TargetFil
 
 from swtpm_prop.errors import StoreError
 from swtpm_prop.limits import STORE_DAYS
+from swtpm_prop.trust.floors import NONE, Floors
 
 ROLES = (Root.type, Targets.type, Snapshot.type, Timestamp.type)
 
 DAYS = "x-swtpm-prop-days"
 """Field of the root that says for how many days each role signs; the root's keys answer for it."""
 
+FLOORS = "x-swtpm-prop-floors"
+"""Field of the targets that has the store's floors, if there are any; see `trust.floors`."""
+
 _TARGETS_FILE = f"{Targets.type}.json"
 
-Wanted = Mapping[str, TargetFile]
-"""Target path to length and hashes."""
+
+class Wanted(NamedTuple):
+    """What shall be published: target path to length and hashes, and the floors."""
+
+    targets: Mapping[str, TargetFile]
+    floors: Floors = NONE
+
+    def said_by(self, targets: Targets) -> bool:
+        """Whether these targets say just that."""
+        return targets.targets == self.targets and targets.unrecognized_fields.get(FLOORS, NONE) == self.floors
+
+    def say(self, version: int, expires: datetime) -> Targets:
+        """Targets that do."""
+        more = {FLOORS: self.floors} if self.floors else {}
+        return Targets(version, expires=expires, targets=dict(self.targets), unrecognized_fields=more)
 
 
 class Change(NamedTuple):
@@ -137,7 +154,7 @@ def advance(published: State, drafts: State, wanted: Wanted, signers: Sequence[S
     Args:
         published: what hosts get now.
         drafts: root and targets that wait for signatures; those that follow nothing published are dropped.
-        wanted: the certificates that shall be published.
+        wanted: what shall be published.
         signers: the keys at hand.
         now: with a time zone.
     """
@@ -206,15 +223,15 @@ def _under(root: Metadata[Root], work: _Work) -> _Attempt:
 
 def _next_targets(root: Root, usable: Metadata[Targets] | None, work: _Work) -> Metadata[Targets] | None:
     """The next targets where they are needed: the draft, if it says what is wanted, else a new one."""
-    if usable and usable.signed.targets == work.wanted:
+    if usable and work.wanted.said_by(usable.signed):
         held = {signer.public_key.keyid for signer in work.signers} & set(root.roles[Targets.type].keyids)
         if not held or not _ageing(root, Targets.type, usable.signed.expires, work.now):
             return None
     draft, version = work.draft, _version(work.published.targets) + 1
-    says = draft and draft.signed.version == version and draft.signed.targets == work.wanted
+    says = draft and draft.signed.version == version and work.wanted.said_by(draft.signed)
     if draft and says and draft.signed.expires > work.now:
         return draft
-    return Metadata(Targets(version, expires=_end(root, Targets.type, work.now), targets=dict(work.wanted)))
+    return Metadata(work.wanted.say(version, _end(root, Targets.type, work.now)))
 
 
 def _next_snapshot(root: Root, targets: Metadata[Targets], work: _Work) -> Metadata[Snapshot]:

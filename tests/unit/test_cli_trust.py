@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from certifier import BOOT, ED25519, ISSUER, P256, digests_of, issue, names, private_pem, subject, trust_text
+from certifier import BOOT, ED25519, ISSUER, P256, digests_of, issue, names, private_pem, subject, trust_text, with_date
 from click.testing import CliRunner, Result
 
 from swtpm_prop.cli import cert, pcr, store
@@ -136,7 +136,7 @@ def test_build_is_all_or_nothing_and_names_every_bad_certificate(here: Path) -> 
         assert f"[{id}]" in refused.stderr
     assert "\x1b[31mb" not in refused.stderr
     assert (here / "index.sqlite").read_bytes() == before
-    assert names(here) == ["certificates", "index.sqlite", "kernel", "key.pem", "trust.toml"]
+    assert names(here) == ["certificates", *with_date(here / "index.sqlite"), "kernel", "key.pem", "trust.toml"]
 
 
 def test_of_a_directory_only_json_files_are_taken(here: Path) -> None:

@@ -25,9 +25,10 @@ from tuf.ngclient._internal import trusted_metadata_set
 
 from swtpm_prop.cli.store import command
 from swtpm_prop.errors import Error
+from swtpm_prop.trust import build
 from swtpm_prop.trust import certificate as certificates
 from swtpm_prop.trust.certificate import Claim
-from swtpm_prop.trust.index import Index
+from swtpm_prop.trust.index import Index, validity
 from swtpm_prop.trust.repository import ROLES
 
 OLD, NEW = b"old kernel", b"new kernel"
@@ -63,7 +64,7 @@ def refused(host: Follower) -> str:
 def replace(keeper: Keeper) -> None:
     """Revoke the old kernel, certify the new one."""
     old = certificates.read(next(keeper.publisher.certificates.iterdir()).read_bytes())
-    keeper.publisher.revoke([old.id], None, quiet)
+    keeper.publisher.revoke([old.id], {}, quiet)
     keeper.add(certificate(NEW))
     keeper.publish()
 
@@ -84,7 +85,8 @@ def test_a_sync_without_news_leaves_the_index_alone(host: Follower) -> None:
     host.sync()
     before = host.layout.index.stat()
     assert host.sync()[:3] == (0, 0, ())
-    assert host.layout.index.stat() == before
+    after = host.layout.index.stat()
+    assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size), "written neither anew nor in place"
 
 
 def test_the_index_ends_with_the_first_role_that_ends(keeper: Keeper, host: Follower) -> None:
@@ -202,18 +204,30 @@ def test_rollback_of_everything(keeper: Keeper, host: Follower) -> None:
     assert host.certified(OLD, NEW) == [NEW]
 
 
-def test_clock_that_goes_backwards(keeper: Keeper, host: Follower) -> None:
-    """Seen from a clock that was a month ahead and is right again: what was seen then is not unseen."""
+def test_clock_that_goes_backwards(keeper: Keeper, host: Follower, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has expired stays so: a certificate, the index, and the store that a mirror still shows."""
+    now = int(time.time())
+    keeper.add(certificate(NEW, ends=now + 3600))
+    keeper.publish()
+    host.sync()
+    assert host.certified(OLD, NEW) == [OLD, NEW]
+    set_clock(monkeypatch, timedelta(hours=2))
+    host.sync()
+    set_clock(monkeypatch, timedelta())
+    assert host.certified(OLD, NEW, now=now) == [OLD]
+    host.sync()
+    assert host.certified(OLD, NEW, now=now) == [OLD]
     before = keeper.directory / "before"
     shutil.copytree(keeper.public, before)
-    old = certificates.read(next(keeper.publisher.certificates.iterdir()).read_bytes())
-    keeper.publisher.revoke([old.id], None, quiet)
-    keeper.publish(days=30)
+    # It saw a later timestamp; then its clock is set back and its copy of the store is lost.
+    keeper.publish("online", days=5)
+    set_clock(monkeypatch, timedelta(days=5))
     host.sync()
-    keeper.public.rename(keeper.directory / "after")
+    set_clock(monkeypatch, timedelta())
+    shutil.rmtree(host.layout.store)
+    shutil.rmtree(keeper.public)
     before.rename(keeper.public)
-    assert refused(host) == "store.rollback"
-    assert host.certified(OLD) == []
+    assert refused(host) == "store.expired"
 
 
 def test_a_host_whose_clock_is_wrong_for_a_while(
@@ -236,7 +250,10 @@ def test_a_host_whose_clock_is_wrong_for_a_while(
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, by: timedelta) -> None:
-    """Set the clock by which the TUF client sees what has expired, by so much from the right time."""
+    """Set the clock by so much from the right time, for the TUF client and for the index."""
+    monkeypatch.undo()
+    right = time.time
+    monkeypatch.setattr(build.time, "time", lambda: right() + by.total_seconds())
     clock = SimpleNamespace(now=lambda zone: datetime.now(zone) + by)
     monkeypatch.setattr(trusted_metadata_set, "datetime", SimpleNamespace(datetime=clock, timezone=timezone))
 
@@ -446,7 +463,7 @@ def test_target_paths_cannot_leave_their_place(keeper: Keeper, host: Follower, p
     assert [(refusal.target, refusal.error.id) for refusal in outcome.refused] == [(path, "store.target")]
     assert host.certified(OLD) == [OLD]
     after = {file for file in keeper.directory.rglob("*") if host.layout.store not in file.parents}
-    assert after - before == {host.layout.store, host.layout.index}
+    assert after - before == {host.layout.store, host.layout.index, Path(validity(str(host.layout.index)))}
 
 
 @pytest.mark.parametrize("hashes", [{}, {"sha512": "0" * 128}, {"../../x": "../../x"}])
@@ -515,10 +532,12 @@ def test_what_this_host_does_not_accept_is_left_out_and_named(keeper: Keeper, ho
 
 
 def test_nonsense_with_a_right_name_is_left_out(keeper: Keeper, host: Follower) -> None:
+    listed: list[TargetFile] = []
     for data in (b"", b"{}", b"[" * 100_000, b"\xff" * 100):
         name = hashlib.sha256(data).hexdigest()
-        (keeper.publisher.certificates / f"{name}.json").write_bytes(data)
-    keeper.publish()
+        (keeper.public / f"targets/certificates/{name}.{name}.json").write_bytes(data)
+        listed.append(TargetFile(len(data), {"sha256": name}, f"certificates/{name}.json"))
+    relist(keeper, lambda targets: targets.update({one.path: one for one in listed}))
     outcome = host.sync()
     assert {refusal.error.id for refusal in outcome.refused} <= {"trust.json", "trust.field"}
     assert len(outcome.refused) == 4

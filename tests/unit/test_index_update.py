@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from certifier import BOOT, NOW, digests_of, issued, names, subject
+from certifier import BOOT, NOW, digests_of, issued, names, subject, with_date
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_index import CERTIFICATES, DIGESTS, build, hashed, made, reason
@@ -20,12 +20,15 @@ from swtpm_prop.errors import StoreError, TrustError
 from swtpm_prop.limits import CANDIDATES
 from swtpm_prop.trust import build as builder
 from swtpm_prop.trust.certificate import Certificate
+from swtpm_prop.trust.floors import NONE, Floors
 from swtpm_prop.trust.index import Index
 from swtpm_prop.trust.sources import Subject
 
 
-def update(path: Path, *added: Certificate, removed: tuple[str, ...] = (), expires: int | None = NOW) -> Any:
-    return builder.update(path, iter(added), removed, expires, lambda _doing, _done: None)
+def update(
+    path: Path, *added: Certificate, removed: tuple[str, ...] = (), expires: int = NOW, limits: Floors = NONE
+) -> Any:
+    return builder.update(path, iter(added), removed, expires, lambda _doing, _done: None, limits)
 
 
 @pytest.fixture
@@ -122,7 +125,6 @@ def test_a_new_end_alone(path: Path) -> None:
     assert reason(path, digests_of(b"kernel")) == "stale-index"
     assert update(path, expires=NOW + 5).expires == NOW + 5
     assert reason(path, digests_of(b"kernel"), now=NOW + 5) == ""
-    assert update(path, expires=None).expires == NOW + 10, "the latest end of a certificate, as in a build"
 
 
 @pytest.mark.parametrize("content", [None, b"", b"foreign" * 100])
@@ -149,14 +151,13 @@ def stays(path: Path, id: str, *added: Certificate, **more: Any) -> None:
         update(path, *added, **more)
     assert refused.value.id == id
     assert path.read_bytes() == before
-    assert names(path.parent) == [path.name]
+    assert names(path.parent) == with_date(path)
 
 
 def test_refused_as_in_a_build(path: Path) -> None:
     one = issued()
     build(path, one)
     stays(path, "store.collision", one._replace(id=one.id[:-1] + ("0" if one.id[-1] != "0" else "1")))
-    stays(path, "store.no-expiry", removed=(one.id,), expires=None)
 
 
 def test_a_crowd_that_gathers_by_and_by_is_refused(path: Path) -> None:
@@ -179,9 +180,9 @@ def test_a_certificate_that_does_not_verify(path: Path) -> None:
         raise TrustError("trust.refused", "one does not verify")
 
     with pytest.raises(TrustError):
-        builder.update(path, failing(), (), None, lambda _doing, _done: None)
+        builder.update(path, failing(), (), NOW, lambda _doing, _done: None)
     assert path.read_bytes() == before
-    assert names(path.parent) == [path.name]
+    assert names(path.parent) == with_date(path)
 
 
 @pytest.mark.fault
@@ -216,15 +217,15 @@ def test_killed(path: Path, moment: str) -> None:
         "die = lambda *_: os.kill(os.getpid(), 9)\n"
         "if hasattr(os, sys.argv[2]): setattr(os, sys.argv[2], die)\n"
         "report = lambda doing, done: die() if doing == sys.argv[2] else None\n"
-        "update(Path(sys.argv[1]), [issued(subject(b'new'))], (), None, report)\n"
+        "update(Path(sys.argv[1]), [issued(subject(b'new'))], (), 2000000000, report)\n"
     )
     tests = Path(__file__).parents[1]
     command = [sys.executable, "-c", script, str(path), moment, str(tests), str(tests.parent)]
     assert subprocess.run(command, check=False).returncode == -9
     assert path.read_bytes() == before
-    assert len(names(path.parent)) == 2
+    assert reason(path, digests_of(b"kernel")) == ""
     update(path, issued(subject(b"new")))
-    assert names(path.parent) == [path.name]
+    assert names(path.parent) == with_date(path)
     assert reason(path, digests_of(b"new")) == ""
 
 
@@ -239,7 +240,7 @@ def test_a_full_disk(path: Path) -> None:
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)\n"
         "new = issued(*(subject(b'n%d' % n) for n in range(2000)))\n"
-        "try:\n    update(Path(sys.argv[1]), [new], (), None, lambda doing, done: None)\n"
+        "try:\n    update(Path(sys.argv[1]), [new], (), 2000000000, lambda doing, done: None)\n"
         "except StoreError as error:\n    print(error.id)\n"
     )
     tests = Path(__file__).parents[1]
@@ -248,7 +249,7 @@ def test_a_full_disk(path: Path) -> None:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         assert done.stdout == "store.write\n"
         assert path.read_bytes() == before
-        assert names(path.parent) == [path.name]
+        assert names(path.parent) == with_date(path)
 
 
 def test_guests_keep_the_file_they_opened(path: Path) -> None:
@@ -271,5 +272,5 @@ def test_one_at_a_time(path: Path) -> None:
             update(path, issued(subject(b"second")))
         assert refused.value.id == "store.busy"
 
-    builder.update(path, meanwhile(), (), None, lambda _doing, _done: None)
+    builder.update(path, meanwhile(), (), NOW, lambda _doing, _done: None)
     assert Index.open(str(path)).certificates == 2

@@ -20,6 +20,7 @@ from storekeeper import Follower, Keeper, certificate, interrupt, kill, no_space
 from swtpm_prop.cli.store import command
 from swtpm_prop.errors import Error, TrustError
 from swtpm_prop.trust import certificate as certificates
+from swtpm_prop.trust import floors
 from swtpm_prop.trust.repository import Change
 from swtpm_prop.trust.signers import load_public, open_signers
 from swtpm_prop.trust.sources import Subject
@@ -76,8 +77,9 @@ def ids_in(keeper: Keeper) -> set[str]:
     return {identity(file.read_bytes()) for file in keeper.publisher.certificates.iterdir()}
 
 
-def revoke(keeper: Keeper, *ids: str, below: tuple[str, str] | None = None) -> Any:
-    return keeper.publisher.revoke(ids, below, quiet)
+def revoke(keeper: Keeper, *ids: str, below: tuple[str, str] | None = None, properties: tuple[str, ...] = ()) -> Any:
+    limits = floors.one(*below, properties) if below else floors.NONE
+    return keeper.publisher.revoke(ids, limits, quiet)
 
 
 # -- signing ------------------------------------------------------------------------------------
@@ -228,7 +230,7 @@ def test_revoke_all_below_a_version(keeper: Keeper) -> None:
     # A limit that is lower later does not lower the one that holds.
     assert error_of(lambda: revoke(keeper, below=("linux", "1.0"))) == "trust.component"
     assert error_of(lambda: keeper.add(versioned("late", "6.1.152-1"))) == "store.revoked"
-    assert error_of(lambda: revoke(keeper, below=("linux", "no version"))) == "trust.version"
+    assert error_of(lambda: revoke(keeper, below=("linux", "no version"))) == "trust.floor"
     keeper.add(versioned("next", "6.1.170-1"))
 
 
@@ -487,6 +489,7 @@ def test_from_zero_to_a_followed_store(tmp_path: Path, monkeypatch: pytest.Monke
         ("init", "store", "--threshold", "root=0"),
         ("revoke", "store"),
         ("revoke", "store", "--component", "linux"),
+        ("revoke", "store", "a", "--property", "https://example.org/p"),
     ],
 )
 def test_words_that_make_no_sense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:

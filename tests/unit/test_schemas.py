@@ -63,6 +63,7 @@ def test_the_examples_in_the_documentation_are_good(name: str, tmp_path: Path) -
         assert accepted(name, text, tmp_path)
 
 
+FLOOR = '[[floor]]\ncomponent = "linux"\nbelow = "1:6.1.153-1"\n'
 GOOD = trust_text(ED25519, P256, threshold=2)
 
 
@@ -79,6 +80,11 @@ GOOD = trust_text(ED25519, P256, threshold=2)
         ("trust", GOOD.replace("https:", "Https:"), False),
         ("trust", trust_text(prefix="https://example.org/" + "a" * URI_CHARS), False),
         ("trust", trust_text(ED25519, ED25519), False),
+        *(("trust", FLOOR + line, True) for line in ("", 'properties = ["https://example.org/p"]')),
+        *(("trust", FLOOR + line, False) for line in ("properties = []", "properties = 1", "property = 'x:y'")),
+        *(("trust", FLOOR.replace("1:6.1.153-1", bad), False) for bad in ("", "-1", "1:", "6.1-", "a:1", "6_1")),
+        *(("trust", FLOOR.replace("linux", bad), False) for bad in ("", "l" * 257)),
+        *(("trust", text, False) for text in ("[floor]", "[[floor]]", "[[floor]]\ncomponent = 'linux'")),
         *(("trust", text, False) for text in ("issuer = 1", "issuer = [1]", "[[issuers]]", "[[issuer]]")),
         *(("host", text, True) for text in ("", "[store]", '[store]\nstale = "refuse"\nurl = "/srv/store"')),
         *(("host", text, False) for text in ("store = 1", "[[store]]", "[stor]", '[store]\nstal = "warn"')),
