@@ -227,6 +227,8 @@ class Hardware:
         blob, _ = TPM2B_ID_OBJECT.unmarshal(credential_blob)
         seed, _ = TPM2B_ENCRYPTED_SECRET.unmarshal(secret)
         with self._session(TPM2_SE.HMAC) as answer, self._session(TPM2_SE.POLICY) as endorsed:
+            # of the sessions of a command one alone may hide its parameters
+            self._tpm.trsess_set_attributes(endorsed, TPMA_SESSION.CONTINUESESSION)
             self._tpm.policy_secret(ESYS_TR.ENDORSEMENT, endorsed, expiration=0)
             ak, ek = self._handle(AK_HANDLE), self._handle(EK_HANDLE)
             with refusals.of_credential():
