@@ -18,7 +18,8 @@ class Domain:
 
     It boots ``disk`` (raw, or qcow2 by its suffix), or ``kernel`` with ``initrd`` and ``cmdline`` directly.
     ``memory`` is in MiB; ``metadata`` is what stands inside ``<metadata>``; ``banks`` are libvirt's
-    active_pcr_banks, none = libvirt does not touch them.
+    active_pcr_banks, none = libvirt does not touch them; ``secret`` is the UUID of libvirt's own secret that encrypts
+    the TPM's state.
     """
 
     name: str = "guest"
@@ -32,6 +33,7 @@ class Domain:
     disk: Path | None = None
     metadata: str = ""
     banks: tuple[str, ...] = ()
+    secret: str = ""
 
     @property
     def socket(self) -> str:
@@ -66,7 +68,7 @@ class Domain:
       <target port='0'/>
     </serial>
     <tpm model='tpm-{self.tpm}'>
-      <backend type='emulator' version='2.0'>{self._banks()}</backend>
+      <backend type='emulator' version='2.0'>{self._encryption()}{self._banks()}</backend>
     </tpm>
     <memballoon model='none'/>
   </devices>
@@ -94,6 +96,9 @@ class Domain:
       <target dev='vda' bus='virtio'/>
       <boot order='1'/>
     </disk>"""
+
+    def _encryption(self) -> str:
+        return f"<encryption secret='{self.secret}'/>" if self.secret else ""
 
     def _banks(self) -> str:
         banks = "".join(f"<{name}/>" for name in self.banks)
