@@ -101,11 +101,12 @@ class HardwareTpm:
             return probe.connect_ex((self.address, self.port + 1)) == 0
 
 
-def manufacture(tpm: HardwareTpm, authority: Path) -> Path:
+def manufacture(tpm: HardwareTpm, authority: Path, banks: str = "sha256") -> Path:
     """Give a TPM that never ran an endorsement key and its certificate, as a manufacturer does.
 
     Args:
         authority: directory of the manufacturer's CA; made if need be.
+        banks: PCR banks that are active, separated by commas.
 
     Returns:
         The manufacturer's root and intermediate certificates, one PEM file.
@@ -125,7 +126,7 @@ def manufacture(tpm: HardwareTpm, authority: Path) -> Path:
     )
     subprocess.run(
         [REAL_SETUP, "--tpm2", "--tpm-state", tpm.state, "--createek", "--create-ek-cert", "--lock-nvram",
-         "--pcr-banks", "sha256", "--config", setup],
+         "--pcr-banks", banks, "--config", setup],
         check=True, capture_output=True, env={"PATH": PATH, "HOME": tempfile.gettempdir()},
     )  # fmt: skip
     bundle = authority / "roots.pem"

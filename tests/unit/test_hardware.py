@@ -121,8 +121,8 @@ def command(code: int, *parts: int | bytes, handle: int | None = None, auth: int
     return struct.pack(">HII", 0x8002, 10 + len(body), code) + body
 
 
-OWNER = 0x40000001
-UNDEFINE, DEFINE, INCREMENT = 0x122, 0x12A, 0x134
+OWNER, LOCKOUT = 0x40000001, 0x4000000A
+UNDEFINE, CLEAR, DEFINE, INCREMENT = 0x122, 0x126, 0x12A, 0x134
 
 
 def test_to_delete_and_define_the_counter_anew_does_not_help(host: HardwareTpm) -> None:
@@ -162,6 +162,21 @@ def test_to_define_something_else_in_the_counter_s_place_does_not_help(host: Har
             opened.unseal(sealed, before)
         with refused("tpm.handle-taken"):
             opened.initialise()
+
+
+def test_to_clear_the_tpm_does_not_help(host: HardwareTpm) -> None:
+    with host.open() as opened:
+        sealed, before = opened.seal(KEY, POLICY), authorization(opened)
+        opened.raise_epoch(5)
+    assert host.send(command(CLEAR, auth=LOCKOUT))[6:10] == bytes(4)
+    with host.open() as opened:
+        opened.initialise()
+        assert opened.epoch() == 6
+        # Not even who approves this epoch opens it: the seed of the storage hierarchy is another.
+        with refused("tpm.foreign-object"):
+            opened.unseal(sealed, authorization(opened, epoch=6))
+        with refused("tpm.approval-revoked"):
+            opened.unseal(sealed, before)
 
 
 def test_a_tpm_that_counted_before_starts_above_it(tmp_path: Path) -> None:
@@ -317,6 +332,13 @@ def test_a_host_with_an_owner_password_says_so(tmp_path: Path) -> None:
         assert tpm.send(command(0x129, b"\0\x03abc", auth=OWNER))[6:10] == bytes(4)
         with tpm.open() as opened, refused("tpm.owner-password"):
             opened.initialise()
+
+
+def test_a_tpm_without_its_sha256_bank_says_so(tmp_path: Path) -> None:
+    tpm = HardwareTpm(tmp_path / "tpm")
+    manufacture(tpm, tmp_path / "manufacturer", banks="sha384")
+    with tpm, tpm.open() as opened, refused("tpm.no-sha256-bank"):
+        opened.pcrs(STATE)
 
 
 def test_the_manufacturer_s_certificate_is_of_the_endorsement_key(tmp_path: Path) -> None:
