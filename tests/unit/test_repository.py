@@ -77,8 +77,8 @@ def ids_in(keeper: Keeper) -> set[str]:
     return {identity(file.read_bytes()) for file in keeper.publisher.certificates.iterdir()}
 
 
-def revoke(keeper: Keeper, *ids: str, below: tuple[str, str] | None = None, properties: tuple[str, ...] = ()) -> Any:
-    limits = floors.one(*below, properties) if below else floors.NONE
+def revoke(keeper: Keeper, *ids: str, below: tuple[str, str] | None = None) -> Any:
+    limits = floors.one(*below, ()) if below else floors.NONE
     return keeper.publisher.revoke(ids, limits, quiet)
 
 
