@@ -217,6 +217,9 @@ AGENT_PEERS_WAITING = 64
 SETTLE_SECONDS = 15
 """How often the agent looks at transfers that nobody has decided yet."""
 
+AGENT_SETTLERS = 8
+"""For how many guests the agent asks peers at a time; each that does not answer takes a few seconds."""
+
 STAMP_SECONDS = 1
 """How long the agent waits before it offers libvirt a stamp again that had to wait for a job."""
 
@@ -275,3 +278,25 @@ APPROVAL_LIST_BYTES = 4 * 1024 * 1024
 
 LABEL_CHARS = 128
 """Longest label of a state; a kind of machine, its firmware's version and its kernel's take 60."""
+
+JOURNAL_BYTES = 65536
+"""Largest file of a transfer; with a key and two recovery keys it has 3 kB."""
+
+JOURNAL_DAYS = 30
+"""How long a finished transfer is remembered, for people who look what happened."""
+
+JOURNAL_LOCK_SECONDS = 10
+"""Longest to wait for another process at the same guest's transfers; it writes files and may use the TPM once."""
+
+ARRIVAL_SECONDS = 60
+"""Longest from asking for a key to starting the process that receives the guest; it takes a second. After that a
+transfer that did not come so far is given up."""
+
+FETCH_SECONDS = 30
+"""Longest a hook asks another host for a key; it takes 0.3 s, and 3 s when ten guests come at once."""
+
+REPORT_SECONDS = 5
+"""Longest to ask a peer how far a transfer is; a guest's start may wait for it."""
+
+SETTLE_ROUNDS = 4
+"""Most reports about one transfer in a row; two hosts that agree need three."""

@@ -6,7 +6,6 @@ its journal. docs/decisions/0042 argues why this is safe; tests/property/test_tr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -48,7 +47,7 @@ class Event(StrEnum):
     """What a side learns."""
 
     # Facts of this host.
-    RUNS = "runs"  # the guest is here, and no migration of it is under way (running, or paused by somebody's wish)
+    RUNS = "runs"  # the guest is here: running, or paused by somebody's wish; not held by a migration
     GONE = "gone"  # no process of the guest is here
     MIGRATED = "migrated"  # the guest's process ended here because its migration succeeded
     STAYED = "stayed"  # the guest is here, and what was started of it at the destination cannot come to run any more
@@ -85,7 +84,7 @@ class Presence(StrEnum):
     """What can be seen of the guest on this host."""
 
     RUNS = "runs"  # as Event.RUNS
-    PRESENT = "present"  # its process is here and migrates, or what it does cannot be seen
+    PRESENT = "present"  # its process is here, and a migration holds the guest: it comes, or goes
     GONE = "gone"  # no process
     UNSEEN = "unseen"  # nobody could look
 
@@ -312,14 +311,19 @@ def seen(presence: Presence) -> tuple[Event, ...]:
     return {Presence.RUNS: (E.RUNS,), Presence.GONE: (E.GONE,)}.get(presence, ())
 
 
-def may_start(transfers: Iterable[tuple[Side, State]]) -> Gate:
-    """Whether an ordinary start of the guest is allowed here.
+def speaks(side: Side, state: State) -> bool:
+    """Whether a transfer says where the guest is; an attempt to fetch it that came to nothing does not.
 
-    Args:
-        transfers: all of this guest on this host, the newest first. The newest decides, but for attempts to fetch the
-            guest that came to nothing: they say nothing about where it is.
+    Of a guest's transfers on a host the newest one that speaks counts.
     """
-    for side, state in transfers:
-        if not (side is Side.DESTINATION and state in (S.CANCELLED, S.CLOSED)):
-            return GATES[side][state]
-    return Gate.START
+    return not (side is Side.DESTINATION and state in (S.CANCELLED, S.CLOSED))
+
+
+def may_offer(gate: Gate) -> bool:
+    """Whether the guest's key may be handed on from here: the guest is here, as far as this host knows."""
+    return gate in (Gate.START, Gate.ASK_THEN_START)
+
+
+def may_ask(side: Side, state: State) -> bool:
+    """Whether the guest may be fetched while this transfer of it is the one that counts."""
+    return may_offer(GATES[side][state]) or state is S.RELEASED

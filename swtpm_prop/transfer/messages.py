@@ -14,7 +14,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from swtpm_prop.attest import wire
+from swtpm_prop.custody import recovery
 from swtpm_prop.custody.objects import ImportBlob
+from swtpm_prop.custody.recovery import Wrap
 from swtpm_prop.errors import Error, TransferError, TrustError
 from swtpm_prop.limits import (
     ENDPOINT_CHARS,
@@ -79,11 +81,11 @@ class Key(NamedTuple):
 
     Attributes:
         blob: what that parent's TPM imports.
-        recovery: the key for the operator's recovery keys; opaque here.
+        recovery: the key, encrypted to the operator's recovery keys.
     """
 
     blob: ImportBlob
-    recovery: tuple[Object, ...]
+    recovery: tuple[Wrap, ...]
 
 
 class Refused(NamedTuple):
@@ -113,7 +115,7 @@ def dump(message: Message) -> bytes:
     word = _WORDS[type(message)]
     data = json.dumps({"type": word, **_DUMPERS[word](message)}, separators=(",", ":")).encode()
     if len(data) > MESSAGE_BYTES:
-        raise _too_large(len(data))
+        raise too_large(len(data))
     return data
 
 
@@ -124,7 +126,7 @@ def parse(data: bytes) -> Message:
         TransferError: ``transfer.message-size``, ``transfer.message``, ``transfer.protocol``.
     """
     if len(data) > MESSAGE_BYTES:
-        raise _too_large(len(data))
+        raise too_large(len(data))
     try:
         found = strict_json.parse(data)
         word = member(found, "type", str)
@@ -230,14 +232,17 @@ def _parse_proof(found: Object) -> Proof:
 
 def _dump_key(key: Key) -> Object:
     blob = {name: wire.encode(part) for name, part in key.blob._asdict().items()}
-    return {**blob, "recovery": list(key.recovery)}
+    return {**blob, "recovery": recovery.to_json(key.recovery)}
 
 
 def _parse_key(found: Object) -> Key:
-    recovery = member(found, "recovery", list)
-    if len(recovery) > RECOVERY_KEYS or not all(isinstance(item, dict) for item in recovery):
-        raise ValueError("its field 'recovery' is no list of a few objects")
-    return Key(ImportBlob(*(wire.decode(found, name) for name in ImportBlob._fields)), tuple(recovery))
+    wraps = member(found, "recovery", dict)
+    if len(wraps) > RECOVERY_KEYS:
+        raise ValueError("its field 'recovery' has too many keys")
+    for name in wraps:
+        _checked(name, "recovery", _KEYID)
+        _matching(wraps, name, _WRAP)
+    return Key(ImportBlob(*(wire.decode(found, name) for name in ImportBlob._fields)), recovery.from_json(wraps))
 
 
 def _dump_refused(refused: Refused) -> Object:
@@ -290,6 +295,8 @@ def _nonce(found: Object) -> bytes:
 
 
 _NONCE = re.compile(rf"[0-9a-f]{{{2 * NONCE_BYTES}}}")
+_KEYID = re.compile(r"[0-9a-f]{64}")
+_WRAP = re.compile(r"(?:[0-9a-f]{2}){1,512}")
 
 _WORDS: dict[type, str] = {
     Ask: "ask",
@@ -319,7 +326,8 @@ _PARSERS: dict[str, tuple[tuple[str, ...], Callable[[Object], Message]]] = {
 }
 
 
-def _too_large(size: int) -> TransferError:
+def too_large(size: int) -> TransferError:
+    """The error for a message of this size."""
     return TransferError(
         "transfer.message-size",
         f"a message has {size} bytes, allowed are {MESSAGE_BYTES}",

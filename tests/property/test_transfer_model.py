@@ -148,9 +148,8 @@ def deeds(world: World) -> Iterator[World]:
 
 
 def presence_here(world: World) -> Presence:
-    if world.here == GONE:
-        return Presence.GONE
-    return Presence.RUNS if world.here == RUNS and world.phase in (IDLE, OVER) else Presence.PRESENT
+    """A guest counts as running until the last moment of its migration: no event tells that one has begun."""
+    return {GONE: Presence.GONE, RUNS: Presence.RUNS}.get(world.here, Presence.PRESENT)
 
 
 def presence_there(world: World) -> Presence:
