@@ -8,14 +8,19 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from cryptography.hazmat.primitives.hashes import SHA256
 from hardware import HardwareTpm
+from tpm2_pytss.types import TPMT_SIGNATURE
 
 from swtpm_prop.attest import certificates, evidence, tpm_keys
 from swtpm_prop.attest.certificates import Authority, Kind, Revocation
 from swtpm_prop.attest.evidence import Evidence
 from swtpm_prop.custody.hardware import Hardware
+from swtpm_prop.custody.objects import Attestation
 
-NOW = int(time.time())
+NOW = int(time.time()) + 60
+"""A little later than what programs of others make in the tests."""
 HOST = "a.example.org"
 BINDING = hashlib.sha256(b"a question").digest()
 PCRS = (0, 4, 7)
@@ -58,3 +63,10 @@ def write_certificate(keys: Path, der: bytes) -> None:
 def made(tpm: HardwareTpm, keys: Path, binding: bytes = BINDING) -> Evidence:
     with tpm.open() as hardware:
         return evidence.make(hardware, keys, binding, PCRS)
+
+
+def sign_in_software(key: ec.EllipticCurvePrivateKey, attest: bytes) -> Attestation:
+    """What a TPM's attestation key would never sign without having made it."""
+    r, s = decode_dss_signature(key.sign(attest, ec.ECDSA(SHA256())))
+    numbers = b"".join(b"\0\x20" + number.to_bytes(32, "big") for number in (r, s))
+    return Attestation(attest, TPMT_SIGNATURE.unmarshal(b"\x00\x18\x00\x0b" + numbers)[0].marshal())

@@ -140,7 +140,8 @@ def revoke(authority: Authority, revoked: Iterable[Revocation], number: int, now
         now: seconds since the epoch; the list is good from here for ``FLEET_DAYS["revocations"]``.
     """
     builder = x509.CertificateRevocationListBuilder().issuer_name(authority.certificate.subject)
-    builder = builder.last_update(_moment(now)).next_update(_moment(now) + timedelta(FLEET_DAYS["revocations"]))
+    builder = builder.last_update(_moment(now - CLOCK_SKEW))
+    builder = builder.next_update(_moment(now) + timedelta(FLEET_DAYS["revocations"]))
     builder = builder.add_extension(x509.CRLNumber(number), critical=False)
     builder = builder.add_extension(_authority_key(authority), critical=False)
     for serial, when in revoked:

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
-from cryptography.hazmat.primitives.hashes import SHA256
-from fleet import BINDING, HOST, NOW, PCRS, Ca, ak_key, enrolled, made
+from fleet import BINDING, HOST, NOW, PCRS, Ca, ak_key, enrolled, made, sign_in_software
 from hardware import HardwareTpm
 from tpm2_pytss import ESAPI, ESYS_TR
 from tpm2_pytss.constants import TPM2_ALG
@@ -23,7 +21,6 @@ from tpm2_pytss.types import (
     TPMS_NV_PUBLIC,
     TPMT_PUBLIC,
     TPMT_SIG_SCHEME,
-    TPMT_SIGNATURE,
 )
 
 from swtpm_prop.attest import evidence, tpm_keys
@@ -290,11 +287,11 @@ def test_software_key_that_got_a_certificate(which: str, good: Evidence) -> None
     def change(edit: Callable[[TPMS_ATTEST], None]) -> str:
         attest, _ = TPMS_ATTEST.unmarshal(getattr(good, which).attest)
         edit(attest)
-        return refusal(forged._replace(**{which: signed(software, attest.marshal())}))
+        return refusal(forged._replace(**{which: sign_in_software(software, attest.marshal())}))
 
     assert change(lambda attest: setattr(attest, "magic", 0x00544347)) == f"attest.{which}-magic"
     assert change(lambda attest: setattr(attest, "extraData", b"")) == f"attest.{which}-binding"
-    trailing = signed(software, getattr(good, which).attest + b"\0")
+    trailing = sign_in_software(software, getattr(good, which).attest + b"\0")
     assert refusal(forged._replace(**{which: trailing})) == f"attest.{which}-malformed"
 
 
@@ -389,7 +386,7 @@ def test_answers_of_two_times(which: str, field: str, id: str, good: Evidence) -
     attest, _ = TPMS_ATTEST.unmarshal(getattr(good, which).attest)
     holder = attest if field == "firmwareVersion" else attest.clockInfo
     setattr(holder, field, int(getattr(holder, field)) ^ 1)
-    changed = forged._replace(**{which: signed(software, attest.marshal())})
+    changed = forged._replace(**{which: sign_in_software(software, attest.marshal())})
     assert refusal(changed) == id
 
 
@@ -419,14 +416,8 @@ def software_parent() -> bytes:
 
 def resigned(good: Evidence, key: ec.EllipticCurvePrivateKey) -> Evidence:
     """The same evidence, by a software key that has a certificate for attestation."""
-    parts = (signed(key, part.attest) for part in (good.certify, good.quote, good.epoch))
+    parts = (sign_in_software(key, part.attest) for part in (good.certify, good.quote, good.epoch))
     return Evidence(CA.issue(key.public_key()), good.parent_public, *parts, good.pcrs)
-
-
-def signed(key: ec.EllipticCurvePrivateKey, attest: bytes) -> Attestation:
-    r, s = decode_dss_signature(key.sign(attest, ec.ECDSA(SHA256())))
-    numbers = b"".join(b"\0\x20" + number.to_bytes(32, "big") for number in (r, s))
-    return Attestation(attest, TPMT_SIGNATURE.unmarshal(b"\x00\x18\x00\x0b" + numbers)[0].marshal())
 
 
 def nv_public() -> object:
