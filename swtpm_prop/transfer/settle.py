@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 
 from swtpm_prop.custody import keys
 from swtpm_prop.custody.keys import KeyRecord
+from swtpm_prop.custody.objects import ImportBlob
 from swtpm_prop.errors import Error, TransferError
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import ARRIVAL_SECONDS, SETTLE_ROUNDS
@@ -77,24 +78,16 @@ class Settler:
                 if at is None or transfer.since < at:
                     self._learn(transfer, events)
 
-    def start(self, uuid: str) -> KeyRecord | None:
-        """Let the guest be started, or not; libvirt is about to do it, so no process of it is here.
+    def arrive(self, uuid: str) -> KeyRecord | None:
+        """The key for a guest whose receiving process libvirt is about to start; None: it is an ordinary start.
 
-        Returns:
-            The key for a guest that comes from another host, once for each transfer: what is started of the guest next
-            is no arrival. None: it is an ordinary start, with the guest's own key if it has one.
+        Each transfer gives its key once: what is started of the guest next is no arrival.
 
         Raises:
-            TransferError: ``transfer.undecided``, ``transfer.elsewhere``; the journal cannot be used.
+            TransferError: the journal cannot be used.
         """
         if not self.journal.of(uuid):
             return None
-        arrived = self._arrive(uuid)
-        if arrived is None:
-            self._gate(uuid)
-        return arrived
-
-    def _arrive(self, uuid: str) -> KeyRecord | None:
         with self.journal.locked(uuid):
             newest = self.journal.of(uuid)[0]
             if newest.state is not State.IMPORTED or self._stale(newest):
@@ -103,15 +96,89 @@ class Settler:
             self._step(newest, Event.ARRIVE)
             return record
 
-    def _gate(self, uuid: str) -> None:
+    def gate(self, uuid: str) -> None:
+        """Let an ordinary start of the guest pass, or not; libvirt is about to do it, so no process of it is here.
+
+        Raises:
+            TransferError: ``transfer.undecided``, ``transfer.elsewhere``; the journal cannot be used.
+        """
         self.observe(uuid, Event.ABANDON, Event.GONE)
         if self.journal.gate(uuid) in (Gate.ASK_THEN_START, Gate.ASK_THEN_REFUSE):
             self.settle(uuid)
-        with self.journal.locked(uuid):
-            for transfer in self.journal.of(uuid):
-                self._do_due(transfer)
-            if not machine.may_offer(self.journal.gate(uuid)):
-                raise _elsewhere(self._counting(uuid))
+        self._check_place(uuid)
+
+    # -- the key changes hosts ------------------------------------------------------------------
+
+    def make_room(self, uuid: str, peer: str) -> None:
+        """See that the guest is here as far as this host knows, before the peer is given its key.
+
+        Whoever asks has given up what it had: see `messages.Ask`. Another host that was given the key before is asked.
+
+        Raises:
+            TransferError: ``transfer.undecided``, ``transfer.elsewhere``; the journal cannot be used.
+        """
+        self._supersede(uuid, peer)
+        if not machine.may_offer(self.journal.gate(uuid)):
+            self.settle(uuid)
+        self._check_place(uuid)
+
+    def offer(self, offered: Transfer, wrap: Callable[[], ImportBlob]) -> ImportBlob:
+        """Encrypt the guest's key to the peer and write down that it may have it; who gets the result may send it.
+
+        Raises:
+            TransferError: as `make_room`; ``transfer.repeated``; Error: whatever ``wrap`` raises, then nothing is left.
+        """
+        with self.journal.locked(offered.uuid):
+            if not machine.may_offer(self.journal.gate(offered.uuid)):
+                raise _elsewhere(self._counting(offered.uuid))
+            blob = wrap()
+            self.journal.begin(offered)
+        return blob
+
+    def ask(self, asked: Transfer) -> None:
+        """Write down that this host asks for the key; earlier attempts of it are given up, or settled.
+
+        Raises:
+            TransferError: ``transfer.open``; the journal cannot be used.
+        """
+        self.observe(asked.uuid, Event.ABANDON, Event.GONE)
+        counting = self.journal.counting(asked.uuid)
+        if counting is not None and counting.unfinished:
+            self.settle(asked.uuid)
+        with self.journal.locked(asked.uuid):
+            for known in self.journal.of(asked.uuid):
+                self._do_due(known)
+                if machine.speaks(known.side, known.state) and not machine.may_ask(known.side, known.state):
+                    raise _open(known)
+            self.journal.begin(asked)
+
+    def imported(self, id: str, record: KeyRecord) -> Transfer:
+        """Write down that the key is here.
+
+        Raises:
+            TransferError: ``transfer.not-now``: this took so long that the transfer was given up.
+        """
+        known = self._known(id)
+        with self.journal.locked(known.uuid):
+            known = self._known(id)
+            step = machine.step(known.side, known.state, Event.IMPORT)
+            key = keys.serialise(record).decode()
+            return self.journal.enter(known._replace(epoch=record.epoch - 1, key=key), step.state, due=False)
+
+    def give_up(self, id: str, offered: bool) -> None:
+        """The key did not come.
+
+        Args:
+            id: of the transfer.
+            offered: whether the peer may have written it down; else it is forgotten here too.
+        """
+        known = self.journal.find(id)
+        if known is None:
+            return
+        with self.journal.locked(known.uuid):
+            known = self._step(self._known(id), Event.ABANDON)
+            if not offered:
+                self.journal.remove(known)
 
     # -- with the peer --------------------------------------------------------------------------
 
@@ -170,9 +237,9 @@ class Settler:
         transfer = self._counting(uuid)
         self._check_word(transfer, here, answers.get(transfer.id))
         with self.journal.locked(uuid):
-            transfer = self._step(self._again(transfer), Event.HERE if here else Event.THERE)
+            transfer = self._step(self._known(transfer.id), Event.HERE if here else Event.THERE)
         self.settle(uuid)
-        return self._again(transfer)
+        return self.journal.find(transfer.id) or transfer
 
     def _check_word(self, transfer: Transfer, here: bool, answer: Report | None) -> None:
         event = Event.HERE if here else Event.THERE
@@ -241,6 +308,24 @@ class Settler:
         for event in events:
             transfer = self._step(transfer, event)
         return transfer
+
+    def _supersede(self, uuid: str, peer: str) -> None:
+        if not self.journal.of(uuid):
+            return
+        with self.journal.locked(uuid):
+            for known in self.journal.of(uuid):
+                if known.side is Side.SOURCE and known.peer == peer:
+                    self._step(known, Event.SUPERSEDE)
+
+    def _check_place(self, uuid: str) -> None:
+        """The guest's place is here, and everything is done that this takes."""
+        if not self.journal.of(uuid):
+            return
+        with self.journal.locked(uuid):
+            for transfer in self.journal.of(uuid):
+                self._do_due(transfer)
+            if not machine.may_offer(self.journal.gate(uuid)):
+                raise _elsewhere(self._counting(uuid))
 
     def _step(self, transfer: Transfer, event: Event) -> Transfer:
         """Write down what the event leads to, then do it; what fails of that stays due."""
@@ -322,8 +407,11 @@ class Settler:
     def _stale(self, transfer: Transfer) -> bool:
         return self.journal.now() - transfer.since > ARRIVAL_SECONDS
 
-    def _again(self, transfer: Transfer) -> Transfer:
-        return self.journal.find(transfer.id) or transfer
+    def _known(self, id: str) -> Transfer:
+        known = self.journal.find(id)
+        if known is None:
+            raise TransferError("transfer.none", f"there is no transfer {id}", "see transfer list")
+        return known
 
     def _counting(self, uuid: str) -> Transfer:
         counting = self.journal.counting(uuid)
@@ -347,6 +435,14 @@ def _elsewhere(transfer: Transfer) -> TransferError:
         "transfer.elsewhere",
         f"the guest is on host '{peer}' ({transfer.state})",
         f"migrate it back; or, if it is lost there for good: '{command} --here'",
+    )
+
+
+def _open(transfer: Transfer) -> TransferError:
+    return TransferError(
+        "transfer.open",
+        f"an earlier migration of the guest with host '{transfer.peer}' is not decided ({transfer.state})",
+        f"see 'swtpm-prop transfer show {transfer.uuid}'",
     )
 
 
