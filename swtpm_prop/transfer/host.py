@@ -55,7 +55,7 @@ def destination(layout: Layout) -> Destination:
         with opening.hardware(layout) as tpm:
             # The list may have come while the TPM could not be asked; the source demands that it bites here.
             tpm.raise_epoch(approved.epoch)
-            return evidence.to_object(evidence.make(tpm, layout.host_keys, binding, approved.pcrs(property)))
+            return evidence.to_object(evidence.make(tpm, layout.host_keys, binding, sorted(approved.pcrs(property))))
 
     def take(uuid: str, challenge: Challenge, key: Key) -> KeyRecord:
         public = approvals.authority(issuers.load(layout.trust), challenge.property)

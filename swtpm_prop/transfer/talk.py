@@ -37,10 +37,12 @@ def serve(plain: socket.socket, identity: Identity, source: Source, settler: Set
     """
     with accept(plain, identity, AGENT_TALK_SECONDS) as channel:
         try:
-            channel.send(_reply(channel, source, settler))
+            reply = _reply(channel, source, settler)
         except Error as error:
             _tell(channel, error)
             raise
+        # If this fails the peer must not hear of a refusal: a key that was not sent is written down as offered.
+        channel.send(reply)
         return channel.peer
 
 
