@@ -473,7 +473,9 @@ def _exchange(tcti: Any, command: bytes) -> bytes:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.chmod(0o755)  # guests' swtpm must get through
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as file:
         deadline = time.monotonic() + TPM_LOCK_SECONDS
         while not _try_lock(file.fileno()):

@@ -100,8 +100,14 @@ def load(uuid: str, layout: Layout) -> KeyRecord | None:
 
 
 def store(record: KeyRecord, layout: Layout) -> None:
-    """Keep the record, instead of an earlier one; on the disk when this returns."""
+    """Keep the record, instead of an earlier one; on the disk when this returns.
+
+    What a recovery key opens is put beside the guest's TPM state too, so that a backup of the one has the other;
+    libvirt removes it with the state.
+    """
     durable.write(layout.guest_key(record.uuid), serialise(record))
+    if record.recovery:
+        _store_recovery_copy(record, layout)
 
 
 def destroy(uuid: str, layout: Layout) -> None:
@@ -168,11 +174,7 @@ def _damaged(uuid: str, why: str) -> HostError:
 # -- the copy for a lost host ---------------------------------------------------------------------
 
 
-def store_recovery_copy(record: KeyRecord, layout: Layout) -> None:
-    """Put what a recovery key opens beside the guest's TPM state, so that a backup of the one has the other.
-
-    libvirt removes it with the state.
-    """
+def _store_recovery_copy(record: KeyRecord, layout: Layout) -> None:
     path = recovery_copy(record.uuid, layout)
     if not path.parent.is_dir():
         path.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A guest's TPM state at rest: told plain from encrypted, and made the other by swtpm itself without being lost."""
+"""A guest's TPM state at rest: tried with a key, and made one under another by swtpm itself without being lost."""
 
 from __future__ import annotations
 
@@ -6,24 +6,20 @@ import fcntl
 import os
 import shutil
 import socket
-import stat
 import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from enum import Enum
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from swtpm_prop.account import Account
-from swtpm_prop.emulator.real import real_path
+from swtpm_prop.custody.form import ENCRYPTED_FLAG, PERMANENT, read, unreadable
+from swtpm_prop.emulator.real import key_pipe, real_path
 from swtpm_prop.errors import HostError
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import CONVERSION_SECONDS, STATE_BYTES, STATE_LOG_BYTES
-
-PERMANENT = "tpm2-00.permall"
-"""swtpm's file of everything that outlives a power cycle (src/swtpm/swtpm_nvstore_dir.c)."""
 
 _TRANSIENT = ("tpm2-00.volatilestate", "tpm2-00.savestate")
 """What swtpm may have left of a TPM that was running; it cannot be read beside a state under another key."""
@@ -33,23 +29,9 @@ _LOCK = ".lock"
 
 _NEW = f".{PERMANENT}.swtpm-prop"
 
-_HEADER = struct.Struct(">BBHHI")
-"""Version, least version, size of this header, flags, size of all (src/swtpm/swtpm_nvstore.c, struct blobheader)."""
-
-_ENCRYPTED = 0x1
-"""Of the flags: BLOB_FLAG_ENCRYPTED."""
-
 _INIT, _SHUTDOWN, _GET_STATE, _SET_STATE = 2, 3, 12, 13
 _PERMANENT_BLOB, _DECRYPTED = 1, 1
 """Commands, blob type and flag of the control channel (swtpm, include/swtpm/tpm_ioctl.h)."""
-
-
-class Form(Enum):
-    """What there is of a TPM state."""
-
-    NONE = "none"
-    PLAIN = "plain"
-    ENCRYPTED = "encrypted"
 
 
 class Place(NamedTuple):
@@ -71,22 +53,6 @@ class Place(NamedTuple):
 def place(uuid: str, account: Account, layout: Layout) -> Place:
     """The place of a guest on this host."""
     return Place(layout.guest_tpm(uuid), layout.run / f".{uuid}.state", account, real_path(layout))
-
-
-def form(directory: Path) -> Form:
-    """Whether there is a state in the directory, and whether it is encrypted, by the header that swtpm gives it.
-
-    Raises:
-        HostError: ``custody.state-unreadable``: it is no state of a TPM 2.0, or damaged.
-    """
-    data = _read(directory / PERMANENT)
-    if data is None:
-        return Form.NONE
-    if len(data) >= _HEADER.size:
-        version, _, header, flags, total = _HEADER.unpack_from(data)
-        if version and header == _HEADER.size and total == len(data):
-            return Form.ENCRYPTED if flags & _ENCRYPTED else Form.PLAIN
-    raise _unreadable(directory / PERMANENT, "it has not the form that swtpm gives a TPM state")
 
 
 def opens(where: Place, key: bytes | None) -> bool:
@@ -121,7 +87,7 @@ def convert(where: Place, old: bytes | None, new: bytes | None) -> None:
         try:
             blob = _export(where, before, old)
         except _RefusedError as error:
-            raise _unreadable(where.directory / PERMANENT, str(error)) from error
+            raise unreadable(where.directory / PERMANENT, str(error)) from error
         try:
             written = _import(where, after, new, blob)
             # Read back by a process that knows nothing but the file and the key: only then the old one may go.
@@ -129,27 +95,10 @@ def convert(where: Place, old: bytes | None, new: bytes | None) -> None:
                 raise _failed("what it wrote is not what it reads")
         except _RefusedError as error:
             raise _failed(str(error)) from error
-        _put(directory, _read(after / PERMANENT) or b"", where.account)
+        _put(directory, read(after / PERMANENT) or b"", where.account)
 
 
 # -- files ----------------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> bytes | None:
-    """The whole file, which swtpm's user may have put there for root to stumble over; None if there is none."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise _unreadable(path, str(error)) from error
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > STATE_BYTES:
-            raise _unreadable(path, f"it is no regular file of at most {STATE_BYTES} bytes")
-        return os.read(descriptor, STATE_BYTES)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -174,7 +123,11 @@ def _alone(where: Place) -> Iterator[int]:
 @contextmanager
 def _workspace(where: Place) -> Iterator[Path]:
     """An empty directory for swtpm's user alone, gone afterwards."""
-    path = Path(tempfile.mkdtemp(prefix=f"{where.workspace.name}.", dir=where.workspace.parent))
+    above = where.workspace.parent
+    if not above.is_dir():
+        above.mkdir(parents=True)
+        above.chmod(0o755)
+    path = Path(tempfile.mkdtemp(prefix=f"{where.workspace.name}.", dir=above))
     try:
         os.chown(path, *where.account)
         yield path
@@ -190,9 +143,9 @@ def _clear_workspaces(where: Place) -> None:
 
 def _copy(where: Place, work: Path) -> None:
     """swtpm gets a copy: to open a state can mean to write it."""
-    data = _read(where.directory / PERMANENT)
+    data = read(where.directory / PERMANENT)
     if data is None:
-        raise _unreadable(where.directory / PERMANENT, "it is not there")
+        raise unreadable(where.directory / PERMANENT, "it is not there")
     _write(os.open(work / PERMANENT, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), data, where.account)
 
 
@@ -257,7 +210,7 @@ class _Control:
     def state(self) -> bytes:
         self.call(_GET_STATE, struct.pack(">III", _DECRYPTED, _PERMANENT_BLOB, 0))
         flags, total, length = struct.unpack(">III", self._receive(12))
-        if length != total or length > STATE_BYTES or flags & _ENCRYPTED:
+        if length != total or length > STATE_BYTES or flags & ENCRYPTED_FLAG:
             raise _RefusedError("the state does not come in one plain piece")
         return self._receive(length)
 
@@ -278,7 +231,7 @@ def _swtpm(where: Place, directory: Path, key: bytes | None) -> Iterator[_Contro
     It gets the key by a pipe, and ends with our end of the channel, whatever becomes of us.
     """
     ours, theirs = socket.socketpair()
-    with ours, theirs, os.fdopen(os.memfd_create("swtpm-log"), "w+b") as log, _pipe(key) as key_end:
+    with ours, theirs, os.fdopen(os.memfd_create("swtpm-log"), "w+b") as log, key_pipe(key) as key_end:
         ours.settimeout(CONVERSION_SECONDS)
         # Opened anew it would belong to root; as it is, swtpm's user can write to it.
         command = ["swtpm", "socket", "--tpm2", "--terminate", "--ctrl", f"type=unixio,clientfd={theirs.fileno()}"]
@@ -313,33 +266,10 @@ def _run(command: list[str], where: Place, passed: list[int]) -> subprocess.Pope
     )
 
 
-@contextmanager
-def _pipe(key: bytes | None) -> Iterator[int | None]:
-    """The reading end of a pipe with the key in hexadecimal digits."""
-    if key is None:
-        yield None
-        return
-    reading, writing = os.pipe()
-    try:
-        os.write(writing, key.hex().encode())
-        os.close(writing)
-        yield reading
-    finally:
-        os.close(reading)
-
-
 def _last_words(log: BinaryIO) -> str:
     log.seek(max(0, log.seek(0, os.SEEK_END) - STATE_LOG_BYTES))
     lines = log.read(STATE_LOG_BYTES).decode(errors="replace").splitlines()
     return " / ".join(lines[:1] + lines[-1:])
-
-
-def _unreadable(path: Path, why: str) -> HostError:
-    return HostError(
-        "custody.state-unreadable",
-        f"the TPM state {path} does not open: {why}",
-        "put it back from a backup of the same time as the guest's key; swtpm-prop key show says what there is",
-    )
 
 
 def _failed(why: str) -> HostError:

@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import IO
 
 from swtpm_prop.account import Account
-from swtpm_prop.emulator.real import real_path
+from swtpm_prop.emulator.real import key_pipe, real_path
 from swtpm_prop.errors import HostError
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import ACTIVATION_LOG_BYTES, ACTIVATION_SECONDS
 
 
-def activate(state: Path, banks: str, account: Account, layout: Layout) -> None:
+def activate(state: Path, banks: str, key: bytes | None, account: Account, layout: Layout) -> None:
     """Run ``swtpm_setup --reconfigure`` on the TPM state in directory ``state``; takes about 0.6 s.
 
     Args:
         banks: every bank that shall be active, ``sha256,sha384``.
+        key: what the state is encrypted under; None: it is plain.
 
     Raises:
         HostError: ``host.swtpm-setup``, with the end of what swtpm_setup said.
@@ -28,9 +29,12 @@ def activate(state: Path, banks: str, account: Account, layout: Layout) -> None:
     with tempfile.NamedTemporaryFile(prefix="swtpm-prop-") as log:
         os.fchown(log.fileno(), *account)
         command = ["swtpm_setup", "--tpm2", "--tpm-state", str(state), "--pcr-banks", banks, "--reconfigure"]
+        command += ["--logfile", log.name]
         try:
-            # swtpm_setup must find the real swtpm: the layer is not laid out yet.
-            status = _run([*command, "--logfile", log.name], real_path(layout), account)
+            with key_pipe(key) as end:
+                command += [] if end is None else ["--keyfile-fd", str(end), "--cipher", "aes-256-cbc"]
+                # swtpm_setup must find the real swtpm: the layer is not laid out yet.
+                status = _run(command, end, real_path(layout), account)
         except OSError as error:
             raise _failed(f"cannot be run, {error}") from error
         if status != 0:
@@ -39,7 +43,7 @@ def activate(state: Path, banks: str, account: Account, layout: Layout) -> None:
             raise _failed(f"{ended}, {' / '.join(said[-4:])}")
 
 
-def _run(command: list[str], path: str, account: Account) -> int | None:
+def _run(command: list[str], key_end: int | None, path: str, account: Account) -> int | None:
     """The exit status; None if the program took too long and was ended, with all it started.
 
     swtpm_setup 0.7.1 waits for ever when its swtpm cannot read the state.
@@ -51,6 +55,7 @@ def _run(command: list[str], path: str, account: Account) -> int | None:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        pass_fds=() if key_end is None else (key_end,),
         user=account.uid,
         group=account.gid,
         extra_groups=[],

@@ -21,6 +21,11 @@ def prepare(xml: bytes, layout: Layout) -> None:
 
         lay_out(uuid, xml, layout)
     else:
+        if layout.guest_key(uuid).exists() or (layout.transfers / uuid).exists():
+            from swtpm_prop.account import swtpm_account
+            from swtpm_prop.hook.custody import key_for_start
+
+            key_for_start(uuid, None, swtpm_account(layout), layout)
         discard(layout.guest_run(uuid))
         layout.guest_marker(uuid).unlink(missing_ok=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +12,8 @@ from swtpm_prop.domain.log import ended_inactive
 from swtpm_prop.domain.metadata import Vtpm, parse_domain
 from swtpm_prop.errors import DomainError, HostError, StoreError
 from swtpm_prop.hook import files
+from swtpm_prop.hook.custody import key_for_start
+from swtpm_prop.hook.warning import warn
 from swtpm_prop.layout import Layout
 from swtpm_prop.trust.index import Index
 
@@ -37,12 +38,13 @@ def lay_out(uuid: str, xml: bytes, layout: Layout) -> None:
     _look_at_index(layout)
     account = swtpm_account(layout)
     banks = ",".join(algorithm.name for algorithm in vtpm.all_banks())
+    key = None if vtpm.encrypted else key_for_start(uuid, vtpm.custody, account, layout)
     if _needs_activation(uuid, vtpm, banks, layout):
         # Imported here because it is seldom needed and costs a quarter of this call.
         from swtpm_prop.hook.activate import activate
 
-        activate(layout.guest_tpm(uuid), banks, account, layout)
-    _write(uuid, banks, _layer(uuid, vtpm, layout), account, layout)
+        activate(layout.guest_tpm(uuid), banks, key, account, layout)
+    _write(uuid, banks, _layer(uuid, vtpm, layout), key, account, layout)
 
 
 def _look_at_path(layout: Layout) -> None:
@@ -66,22 +68,16 @@ def _look_at_index(layout: Layout) -> None:
     if index.expires >= time.time():
         return
     # Imported here because it is seldom needed, and tomllib costs a tenth of this call.
-    import syslog
-
     from swtpm_prop import host_config
 
     what = "the certificate index has expired"
     mend = "run swtpm-prop store sync, or store build, with what is current"
     if host_config.load(layout.host).store.stale == "refuse":
         raise StoreError("store.stale", f"{what}, and this host's configuration refuses to start guests then", mend)
-    # Of a hook that succeeds libvirt keeps standard error for its debug log, so the system's log is told too.
-    warning = f"{what}, nothing will be certified [store.stale]: {mend}"
-    print(f"swtpm-prop: {warning}", file=sys.stderr)
-    syslog.openlog("swtpm-prop", 0, syslog.LOG_DAEMON)
-    syslog.syslog(syslog.LOG_WARNING, warning)
+    warn(f"{what}, nothing will be certified [store.stale]: {mend}")
 
 
-def _write(uuid: str, banks: str, layer: bytes, account: Account, layout: Layout) -> None:
+def _write(uuid: str, banks: str, layer: bytes, key: bytes | None, account: Account, layout: Layout) -> None:
     """Run directory, log, marker. The marker is last: it says that the banks are active."""
     for path, mode in ((layout.run, 0o755), (layout.logs, 0o755), (layout.state, 0o711), (layout.guests, 0o711)):
         files.make_directory(path, mode)
@@ -89,12 +85,21 @@ def _write(uuid: str, banks: str, layer: bytes, account: Account, layout: Layout
     run = layout.guest_run(uuid)
     try:
         readable = Account(os.geteuid(), account.gid)
-        files.write_directory(run, {"layer.json": layer, "pcr-banks": marker}, readable)
+        files.write_directory(run, {"layer.json": layer, "pcr-banks": marker, **_keys(key)}, readable)
         files.rotate_log(layout.guest_log(uuid), account)
         files.replace(layout.guest_marker(uuid), marker, Account(os.geteuid(), os.getegid()), 0o644)
     except BaseException:
         files.discard(run)
         raise
+
+
+def _keys(key: bytes | None) -> dict[str, bytes]:
+    """What the shims hand to swtpm; the hook script removes both files at ``start``."""
+    if key is None:
+        return {}
+    from swtpm_prop.custody.keys import migration_key
+
+    return {"state-key": key.hex().encode(), "migration-key": migration_key(key).hex().encode()}
 
 
 def _layer(uuid: str, vtpm: Vtpm, layout: Layout) -> bytes:

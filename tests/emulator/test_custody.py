@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from swtpm_prop.custody.form import PERMANENT, Form, form
 from swtpm_prop.custody.keys import migration_key
-from swtpm_prop.custody.state import PERMANENT, Form, form
 from tests.swtpm import USER, UUID, VOLATILE, LayerHost, Tpm, TpmError, owned_directory
 
 pytestmark = pytest.mark.root

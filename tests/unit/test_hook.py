@@ -132,7 +132,7 @@ def test_banks_of_libvirt_count_as_raw(host: Layout) -> None:
         (domain().replace(b"domain:1", b"domain:2"), "domain.namespace"),
         (b"<!DOCTYPE d [<!ENTITY a 'b'>]>" + domain(), "domain.xml-doctype"),
         (domain().replace(UUID.encode(), b"../../../etc"), "domain.uuid"),
-        (domain().replace(b"</p:vtpm>", b"<p:migration allow='attested'/></p:vtpm>"), "domain.custody-unsupported"),
+        (domain().replace(b"</p:vtpm>", b"<p:migration allow='attested'/></p:vtpm>"), "domain.migration-without-custody"),
         (b"", "domain.xml-malformed"),
     ],
 )

@@ -117,6 +117,23 @@ def test_a_start_goes_on_only_if_the_layer_holds_its_log(hook: Hook) -> None:
     assert hook.seen() is None
 
 
+def test_once_the_layer_is_there_the_keys_of_the_state_are_gone(hook: Hook) -> None:
+    keys = [hook.layout.state_key(UUID), hook.layout.migration_key(UUID)]
+    hook.layout.guest_run(UUID).mkdir()
+    hook.layout.logs.mkdir(parents=True)
+    hook.layout.guest_log(UUID).touch()
+    for key in keys:
+        key.write_text("ab" * 32)
+    assert hook.call("start", OPTED_IN).returncode == 1  # release follows and takes the whole directory
+    with hook.layout.guest_log(UUID).open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for _ in range(2):
+            done = hook.call("start", OPTED_IN)
+            assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+            assert not any(key.exists() for key in keys)
+    assert hook.layout.guest_run(UUID).is_dir()
+
+
 def test_what_an_earlier_start_left_is_cleared_by_python(hook: Hook) -> None:
     marker = hook.layout.guest_marker(UUID)
     marker.touch()
