@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import socket
 import subprocess
@@ -96,9 +97,9 @@ class HardwareTpm:
         return answer
 
     def _listens(self) -> bool:
-        # The control port opens together with the other, and a connection to it disturbs nobody.
-        with socket.socket() as probe:
-            return probe.connect_ex((self.address, self.port + 1)) == 0
+        # The data port opens last; swtpm would take a connection for that of its one client.
+        sockets = (line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
+        return any(each[1].endswith(f":{self.port:04X}") and each[3] == "0A" for each in sockets)
 
 
 def manufacture(tpm: HardwareTpm, authority: Path, banks: str = "sha256") -> Path:
@@ -135,13 +136,16 @@ def manufacture(tpm: HardwareTpm, authority: Path, banks: str = "sha256") -> Pat
 
 
 def _two_ports(address: str) -> int:
-    """A free port with a free one behind it: the library finds the control channel there."""
+    """A free port with a free one behind it: the library finds the control channel there.
+
+    Below those that the kernel gives to connections (ip_local_port_range): one of them may be taken at any moment.
+    """
     while True:
+        port = random.randrange(10000, 32000, 2)
         with socket.socket() as first, socket.socket() as second:
-            first.bind((address, 0))
-            port = int(first.getsockname()[1])
             try:
+                first.bind((address, port))
                 second.bind((address, port + 1))
-            except (OSError, OverflowError):
+            except OSError:
                 continue
             return port
