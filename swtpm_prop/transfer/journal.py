@@ -178,18 +178,34 @@ def _listed(directory: Path) -> list[Path]:
 def _read(path: Path) -> Transfer:
     try:
         value: Any = json.loads(read_file(path, JOURNAL_BYTES))
-        if value.pop("version") != VERSION or value.keys() != set(Transfer._fields):
+        if value.pop("version") != VERSION or value.keys() != _KINDS.keys():
             raise ValueError("it is of another version")
-        kinds = Transfer.__annotations__
+        for name, kind in _KINDS.items():
+            if type(value[name]) is not kind:
+                raise ValueError(f"its '{name}' is no {kind.__name__}")
         transfer = Transfer(**value)._replace(side=Side(value["side"]), state=State(value["state"]))
-        for name, found in transfer._asdict().items():
-            if type(found).__name__ != kinds[name]:
-                raise ValueError(f"its '{name}' is no {kinds[name]}")
-        if path.parent.name != transfer.uuid or path.stem != transfer.id or transfer.state not in TABLE[transfer.side]:
+        if (transfer.uuid, transfer.id) != (path.parent.name, path.stem) or transfer.state not in TABLE[transfer.side]:
             raise ValueError("it is another one's")
     except (TrustError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _damaged(path, error.what if isinstance(error, TrustError) else str(error)) from error
     return transfer
+
+
+_KINDS: dict[str, type] = {
+    "id": str,
+    "side": str,
+    "state": str,
+    "uuid": str,
+    "epoch": int,
+    "peer": str,
+    "endpoint": str,
+    "order": int,
+    "since": float,
+    "due": bool,
+    "key": str,
+    "adopted": bool,
+}
+"""The members of a transfer's file, as `json` reads them."""
 
 
 def _lock(descriptor: int, uuid: str) -> None:

@@ -100,9 +100,13 @@ class Settler:
         """Let an ordinary start of the guest pass, or not; libvirt is about to do it, so no process of it is here.
 
         Raises:
-            TransferError: ``transfer.undecided``, ``transfer.elsewhere``; the journal cannot be used.
+            TransferError: ``transfer.undecided``, ``transfer.elsewhere``; ``transfer.too-late``: it should receive the
+                guest, and its key was given up; the journal cannot be used.
         """
+        waited = [known for known in self.journal.of(uuid) if known.state is State.IMPORTED]
         self.observe(uuid, Event.ABANDON, Event.GONE)
+        if waited:
+            raise _too_late(waited[0])
         if self.journal.gate(uuid) in (Gate.ASK_THEN_START, Gate.ASK_THEN_REFUSE):
             self.settle(uuid)
         self._check_place(uuid)
@@ -235,7 +239,9 @@ class Settler:
         self.observe(uuid, *machine.seen(self._eyes.presence(uuid)))
         answers = self.settle(uuid)
         transfer = self._counting(uuid)
-        self._check_word(transfer, here, answers.get(transfer.id))
+        if transfer.id not in answers:
+            answers[transfer.id] = self._ask_peer(transfer)
+        self._check_word(transfer, here, answers[transfer.id])
         with self.journal.locked(uuid):
             transfer = self._step(self._known(transfer.id), Event.HERE if here else Event.THERE)
         self.settle(uuid)
@@ -268,13 +274,8 @@ class Settler:
             known = self._look(transfer)
             if known is None or known.state not in _TELLING[known.side]:
                 break
-            try:
-                answer = self._reach(known, Report(known.id, known.state))
-            except Error:
-                answers[known.id] = None
-                break
-            answers[known.id] = answer
-            after = self._told(known, answer.state)
+            answer = answers[known.id] = self._ask_peer(known)
+            after = answer and self._told(known, answer.state)
             if after is None or after.state is known.state:
                 break
         return answers
@@ -290,6 +291,12 @@ class Settler:
                 known = self._do_due(known)
             given_up = (Event.ABANDON,) if self._stale(known) else ()
             return self._learn(known, (*given_up, *machine.seen(presence)))
+
+    def _ask_peer(self, transfer: Transfer) -> Report | None:
+        try:
+            return self._reach(transfer, Report(transfer.id, transfer.state))
+        except Error:
+            return None
 
     def _told(self, transfer: Transfer, word: State | None) -> Transfer | None:
         """The transfer after its peer's word."""
@@ -435,6 +442,14 @@ def _elsewhere(transfer: Transfer) -> TransferError:
         "transfer.elsewhere",
         f"the guest is on host '{peer}' ({transfer.state})",
         f"migrate it back; or, if it is lost there for good: '{command} --here'",
+    )
+
+
+def _too_late(transfer: Transfer) -> TransferError:
+    return TransferError(
+        "transfer.too-late",
+        f"libvirt took more than {ARRIVAL_SECONDS} seconds to receive the guest from host '{transfer.peer}'",
+        "migrate again",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -67,7 +66,7 @@ class Speaker:
 
     def _stat(self) -> tuple[int, int] | None:
         try:
-            found = os.stat(self._layout.host_keys / "tls.key")
+            found = (self._layout.host_keys / "tls.key").stat()
         except OSError:
             return None  # opening it says what is wrong
         return found.st_ino, found.st_mtime_ns
