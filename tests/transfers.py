@@ -69,7 +69,8 @@ class SimulatedHost:
 
     def _halt(self, uuid: str) -> None:
         self.halted += 1
-        self.seen = Presence.PRESENT if self.seen is Presence.RUNS else Presence.GONE
+        if self.seen is Presence.PRESENT:
+            self.seen = Presence.GONE
 
     # -- the guest ------------------------------------------------------------------------------
 
