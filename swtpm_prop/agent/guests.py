@@ -7,6 +7,7 @@ and that hook may just be waiting for us.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,10 +22,17 @@ LOCAL = "qemu:///system"
 
 
 class Happening(NamedTuple):
-    """What became of a guest, by its UUID: RUNS, MIGRATED, NEVER_RAN, or GONE for every other end."""
+    """What became of a guest.
+
+    Attributes:
+        uuid: the guest's.
+        event: RUNS, MIGRATED, NEVER_RAN, or GONE for every other end.
+        at: when it was seen, seconds since the epoch.
+    """
 
     uuid: str
     event: Event
+    at: float
 
 
 _ARRIVES = (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STARTED_MIGRATED)
@@ -193,7 +201,7 @@ class Guests:
             self._presence = listed | self._presence
             self._connection = connection
             for uuid in [uuid for uuid, presence in self._presence.items() if presence is Presence.RUNS]:
-                self._tell(Happening(uuid, Event.RUNS))
+                self._tell(Happening(uuid, Event.RUNS, time.time()))
         return connection
 
     def _lifecycle(self, _: object, domain: libvirt.virDomain, event: int, detail: int, __: object) -> None:
@@ -209,9 +217,9 @@ class Guests:
                 self._arriving.add(uuid)
         if presence is Presence.GONE:
             ended = Event.MIGRATED if (event, detail) == _MIGRATED else Event.NEVER_RAN if waited else Event.GONE
-            self._tell(Happening(uuid, ended))
+            self._tell(Happening(uuid, ended, time.time()))
         elif presence is Presence.RUNS and before is not presence:
-            self._tell(Happening(uuid, Event.RUNS))
+            self._tell(Happening(uuid, Event.RUNS, time.time()))
 
 
 def _listed(connection: libvirt.virConnect) -> dict[str, Presence]:

@@ -11,14 +11,17 @@ from swtpm_prop import __version__
 from swtpm_prop.errors import Error, UsageError
 
 NOUNS = {
+    "agent": "answer other hosts and finish interrupted migrations",
     "cert": "make and read property certificates",
     "doctor": "say what is wrong on this host and how to mend it",
     "domain": "switch guests on and off, show their state and log",
     "fleet": "admit hosts to a fleet and revoke them",
     "host": "this host's TPM: keys, enrolment, which states are approved",
     "install": "put swtpm-prop into this host's libvirt",
+    "key": "whose keys this host's TPM keeps; seal one anew, bring one back",
     "pcr": "predict PCR values to seal to or to expect in a quote",
     "store": "publish and follow certificates, build and ask the index",
+    "transfer": "migrations under way, and deciding one that stays open",
     "uninstall": "take swtpm-prop out of this host's libvirt",
 }
 

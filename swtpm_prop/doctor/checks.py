@@ -27,6 +27,7 @@ CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
     custody.enrolment,
     custody.approvals,
     custody.recovery,
+    custody.transfers,
     custody.agent,
 )
 

@@ -18,6 +18,10 @@ SOON = 30 * 86400
 """How long before its end, in seconds, a certificate of the fleet should be renewed."""
 
 
+TRANSFER_SECONDS = 600
+"""How long a transfer may be open; a large guest with much to copy takes minutes."""
+
+
 def concerned(patient: Patient) -> bool:
     """Whether this host keeps keys, or was meant to; others need not know of all this."""
     layout = patient.layout
@@ -119,6 +123,21 @@ def recovery(patient: Patient) -> Iterator[Finding]:
     if concerned(patient) and not host_config.load(patient.layout.host).custody.recovery:
         mend = f"name public keys in [custody] recovery of {patient.layout.host}, then swtpm-prop key rebind"
         yield warning("host.no-recovery", "no recovery key is named: a guest's key is lost with this host", mend)
+
+
+def transfers(patient: Patient) -> Iterator[Finding]:
+    """A migration that nothing has decided for a while; agents decide most within seconds."""
+    from swtpm_prop.transfer.journal import Journal
+
+    journal = Journal(patient.layout)
+    known = [transfer for uuid in journal.guests() for transfer in journal.of(uuid) if transfer.unfinished]
+    for transfer in known:
+        if journal.now() - transfer.since > TRANSFER_SECONDS:
+            what = f"the migration of guest {transfer.uuid} ({transfer.side}, peer {transfer.peer}) is {transfer.state}"
+            mend = (
+                f"see that the agents run on both hosts; swtpm-prop transfer show {transfer.uuid} says what to do else"
+            )
+            yield warning("transfer.open", what, mend)
 
 
 def agent(patient: Patient) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import os
 import re
 import stat
 
+from swtpm_prop.domain.identity import Identity
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import QEMU_LOG_BYTES
 
@@ -15,6 +16,23 @@ MIGRATED = "migrated"
 _NOTE = re.compile(
     rb"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}\+0000: (?:shutting down, reason=([a-z ]+)|(starting up .*))$"
 )
+
+
+def tell_transfers(identity: Identity, layout: Layout) -> None:
+    """Write down for the guest's transfers that no process of it is here any more, and whether it has moved.
+
+    Raises:
+        TransferError: the journal cannot be used.
+    """
+    # Imported here: the end of a guest that never moved costs nothing of this.
+    from swtpm_prop.transfer.journal import Journal
+    from swtpm_prop.transfer.machine import Event
+    from swtpm_prop.transfer.settle import HOOK, Settler
+    from swtpm_prop.transfer.speaker import Speaker
+
+    moved = reason(identity.name, layout) == MIGRATED
+    settler = Settler(layout, Journal(layout), HOOK, Speaker(layout).report)
+    settler.observe(identity.uuid, *([Event.MIGRATED] if moved else []), Event.GONE)
 
 
 def reason(name: str, layout: Layout) -> str:

@@ -32,7 +32,20 @@ def prepare(xml: bytes, layout: Layout) -> None:
 
 def release(xml: bytes, layout: Layout) -> None:
     """The guest is gone; what its start needed goes too. Marker and log stay."""
-    discard(layout.guest_run(identify(xml).uuid))
+    identity = identify(xml)
+    discard(layout.guest_run(identity.uuid))
+    if (layout.transfers / identity.uuid).exists():
+        from swtpm_prop.hook.ended import tell_transfers
+
+        tell_transfers(identity, layout)
+
+
+def migrate(xml: bytes, layout: Layout) -> None:
+    """A guest is to come from another host: not without its key, if that is in custody."""
+    if identify(xml).concerned:
+        from swtpm_prop.hook.migrate import let_in
+
+        let_in(xml, layout)
 
 
 def nothing(_xml: bytes, _layout: Layout) -> None:
@@ -53,7 +66,7 @@ OPERATIONS = {
     "stopped": Operation(nothing),
     "release": Operation(release),  # the last one, also after a start that was refused
     "restore": Operation(nothing),  # may rewrite the XML; prepare follows
-    "migrate": Operation(nothing),  # may rewrite the XML; prepare follows
+    "migrate": Operation(migrate, may_refuse=True),  # at the destination, before anything else; prepare follows
     "reconnect": Operation(nothing),  # a refusal would kill the running guest
     "attach": Operation(nothing),
 }

@@ -53,16 +53,16 @@ def wait_for(true: Callable[[], bool], seconds: float = 5) -> bool:
 
 def test_follows_a_guest(domain: libvirt.virDomain, guests: Guests, told: queue.Queue[Happening]) -> None:
     uuid = domain.UUIDString()
-    assert told.get(timeout=5) == Happening(uuid, Event.RUNS)
+    assert told.get(timeout=5)[:2] == (uuid, Event.RUNS)
     assert guests.presence(uuid) is Presence.RUNS
     assert guests.running() == [uuid]
     domain.suspend()
     domain.resume()
     domain.destroy()
-    assert told.get(timeout=5) == Happening(uuid, Event.GONE)
+    assert told.get(timeout=5)[:2] == (uuid, Event.GONE)
     assert guests.presence(uuid) is Presence.GONE
     domain.create()
-    assert told.get(timeout=5) == Happening(uuid, Event.RUNS)
+    assert told.get(timeout=5)[:2] == (uuid, Event.RUNS)
     assert told.empty()
 
 
@@ -94,7 +94,7 @@ def test_goes_on_after_libvirt_was_away(
 ) -> None:
     told.get(timeout=5)
     guests._lost.set()
-    assert told.get(timeout=5) == Happening(domain.UUIDString(), Event.RUNS)
+    assert told.get(timeout=5)[:2] == (domain.UUIDString(), Event.RUNS)
     assert wait_for(lambda: guests.presence(domain.UUIDString()) is Presence.RUNS)
 
 

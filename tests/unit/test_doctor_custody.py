@@ -22,6 +22,9 @@ from swtpm_prop.doctor import custody
 from swtpm_prop.doctor.finding import Finding, Patient, State
 from swtpm_prop.errors import AttestError, HostError
 from swtpm_prop.layout import Layout
+from swtpm_prop.transfer.journal import Journal, Transfer
+from swtpm_prop.transfer.machine import Side
+from swtpm_prop.transfer.machine import State as MachineState
 
 UUID = "0b7a4d6e-8f5c-4a2b-9c3d-1e2f3a4b5c6d"
 PROPERTY = "https://example.org/properties/approved-host"
@@ -192,6 +195,17 @@ def test_the_agent_says_how_it_is(layout: Layout, status: int, text: str, id: st
     assert set(findings) == {id, "agent.not-enabled"}
     assert status == 200 or "libvirt is away" in findings[id].what
     assert found(custody.agent(patient(layout)))["agent.silent"] is State.PROBLEM
+
+
+def test_a_transfer_that_stays_open(layout: Layout) -> None:
+    offered = Transfer("a" * 32, Side.SOURCE, MachineState.OFFERED, UUID, 0, "beta", "beta:4879")
+    Journal(layout).begin(offered)
+    Journal(layout).begin(offered._replace(id="b" * 32, state=MachineState.CLOSED))
+    assert found(custody.transfers(patient(layout))) == {}
+    late = Journal(layout, lambda: time.time() - custody.TRANSFER_SECONDS - 1)
+    late.begin(offered._replace(id="c" * 32))
+    (finding,) = custody.transfers(patient(layout))
+    assert (finding.id, finding.state) == ("transfer.open", State.WARNING)
 
 
 def test_an_agent_that_is_enabled(layout: Layout) -> None:

@@ -230,8 +230,8 @@ def test_leftovers_of_a_killed_hook_are_no_obstacle(host: Layout) -> None:
     assert not (host.guest_run(UUID) / "old").exists()
 
 
-@pytest.mark.parametrize("operation", [*sorted(set(OPERATIONS) - {"prepare"}), "a-new-one"])
-def test_only_prepare_can_refuse(host: Layout, operation: str) -> None:
+@pytest.mark.parametrize("operation", [*sorted(set(OPERATIONS) - {"prepare", "migrate"}), "a-new-one"])
+def test_only_starts_and_arrivals_can_be_refused(host: Layout, operation: str) -> None:
     for xml in (domain(), domain(""), b"", b"\xff", b"<!DOCTYPE d>" + domain(), domain().replace(UUID.encode(), b"..")):
         assert run(["g", operation, "begin", "-"], xml, host) == 0
     host.run.mkdir(parents=True)

@@ -78,21 +78,21 @@ def hook(tmp_path: Path) -> Hook:
     return Hook(tmp_path)
 
 
-@pytest.mark.parametrize("operation", ["prepare", "release"])
+@pytest.mark.parametrize("operation", ["prepare", "release", "migrate"])
 def test_an_opted_in_guest_goes_to_python_with_its_xml_on_a_pipe(hook: Hook, operation: str) -> None:
     done = hook.call(operation, OPTED_IN)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert hook.seen() == (["-I", "-m", "swtpm_prop.hook", "g", operation, "begin", "-"], OPTED_IN)
 
 
-@pytest.mark.parametrize("operation", ["prepare", "release"])
+@pytest.mark.parametrize("operation", ["prepare", "release", "migrate"])
 def test_a_guest_that_did_not_opt_in_never_reaches_python(hook: Hook, operation: str) -> None:
     (hook.layout.guests / UUID.replace("1", "2")).touch()
     assert hook.call(operation, PLAIN).returncode == 0
     assert hook.seen() is None
 
 
-@pytest.mark.parametrize("operation", ["started", "stopped", "restore", "migrate", "reconnect", "attach", ""])
+@pytest.mark.parametrize("operation", ["started", "stopped", "restore", "reconnect", "attach", ""])
 def test_other_operations_end_at_once(hook: Hook, operation: str) -> None:
     done = hook.call(operation, OPTED_IN * 10000)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

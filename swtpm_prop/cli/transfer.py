@@ -1,0 +1,153 @@
+"""``swtpm-prop transfer``: migrations of guests with custody that are under way, and how to decide an open one."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+import libvirt
+
+from swtpm_prop.agent.guests import LOCAL, presence_of
+from swtpm_prop.cli import output
+from swtpm_prop.errors import TransferError, UsageError
+from swtpm_prop.layout import Layout
+from swtpm_prop.transfer.journal import Journal, Transfer
+from swtpm_prop.transfer.machine import Gate, Presence, Side, State
+from swtpm_prop.transfer.settle import Eyes, Settler
+from swtpm_prop.transfer.speaker import Speaker
+
+MEANING = {
+    Side.SOURCE: {
+        State.OFFERED: "the peer has got the key; whether the guest will run there is open",
+        State.MOVED: "the guest has left for the peer, which has not said yet that it runs",
+        State.YIELDED: "the guest runs at the peer; what is left of it here must end",
+        State.RELEASED: "the guest is with the peer; its key and TPM state are destroyed here",
+        State.KEPT: "you said that the guest is here; the peer is not known to know",
+        State.CANCELLED: "the guest stayed here; the peer is not known to know",
+        State.CLOSED: "the guest stayed here",
+        State.SETTLED: "the guest went to the peer, and you said that it may be started here again",
+    },
+    Side.DESTINATION: {
+        State.ASKED: "the key is asked for, and not here",
+        State.IMPORTED: "the key is here, and nothing was started with it",
+        State.ARRIVING: "the guest is on its way",
+        State.LEFT: "what should receive the guest has ended; whether the guest ran in it is open",
+        State.ACTIVATED: "the guest is here; the peer is not known to have let go of it",
+        State.CLAIMED: "you said that the guest is here; the peer is not known to know",
+        State.OVERRULED: "the guest is with the peer after all; what is left of it here must end",
+        State.CANCELLED: "the guest did not come; the peer is not known to know",
+        State.CLOSED: "the guest did not come",
+        State.SETTLED: "the guest is here",
+    },
+}
+"""What a state means to people."""
+
+GATES = {
+    Gate.START: "the guest may be started here",
+    Gate.ASK_THEN_START: "the guest may be started here",
+    Gate.ASK_THEN_REFUSE: "the guest can be started here if the peer says so",
+    Gate.REFUSE: "the guest cannot be started here",
+}
+
+
+@click.group()
+def command() -> None:
+    """Migrations of guests whose keys this host's TPM keeps."""
+
+
+@command.command("list")
+@click.option("--all", "every", is_flag=True, help="Those too that are finished.")
+@output.json_option
+@click.pass_context
+def list_(ctx: click.Context, every: bool, as_json: bool) -> None:
+    """List the migrations that are not finished."""
+    journal = Journal(_layout(ctx))
+    found = [transfer for uuid in journal.guests() for transfer in journal.of(uuid) if every or transfer.unfinished]
+    if as_json:
+        output.print_json([_for_programs(transfer) for transfer in found])
+    elif found:
+        columns = ("guest", "this host is", "peer", "state", "since")
+        output.table(columns, [(t.uuid, t.side, t.peer, t.state, _moment(t.since)) for t in found])
+    else:
+        click.echo("no migration is open")
+
+
+@command.command()
+@click.argument("uuid")
+@output.json_option
+@click.pass_context
+def show(ctx: click.Context, uuid: str, as_json: bool) -> None:
+    """Show what this host knows of the migrations of the guest UUID, the newest first."""
+    journal = Journal(_layout(ctx))
+    found, gate = journal.of(uuid), journal.gate(uuid)
+    if as_json:
+        output.print_json({"guest": uuid, "start": gate, "transfers": [_for_programs(t) for t in found]})
+        return
+    if not found:
+        raise TransferError(
+            "transfer.none", f"nothing is known of migrations of {uuid}", "see swtpm-prop transfer list"
+        )
+    for transfer in found:
+        peer = f"{'to' if transfer.side is Side.SOURCE else 'from'} {transfer.peer} ({transfer.endpoint})"
+        click.echo(f"{transfer.id}  {peer}, {transfer.state} since {_moment(transfer.since)}")
+        click.echo(f"  {MEANING[transfer.side][transfer.state]}")
+    click.echo(GATES[gate])
+
+
+@command.command()
+@click.argument("uuid")
+@click.option("--here", "place", flag_value="here", help="The guest is on this host.")
+@click.option("--there", "place", flag_value="there", help="The guest is on the transfer's other host.")
+@click.pass_context
+def resolve(ctx: click.Context, uuid: str, place: str | None) -> None:
+    """Decide where the guest UUID is, when its other host is lost for good and no host can know.
+
+    Your word counts: see that nothing of the guest runs on the other side, nor is started there before that host has
+    heard of this. Where an answer of the peer decides, your word is not taken.
+    """
+    if place is None:
+        raise UsageError("usage.place", "it is not said where the guest is", "give --here or --there")
+    layout = _layout(ctx)
+    libvirt.registerErrorHandler(lambda *_: None, None)  # by default it prints each error itself
+    settler = Settler(layout, Journal(layout), Eyes(_presence, _halt), Speaker(layout).report)
+    transfer = settler.resolve(uuid, place == "here")
+    click.echo(f"{transfer.state}: {MEANING[transfer.side][transfer.state]}")
+    click.echo(GATES[settler.journal.gate(uuid)])
+
+
+def _presence(uuid: str) -> Presence:
+    """What libvirt says now; UNSEEN without one."""
+    try:
+        domain = libvirt.open(LOCAL).lookupByUUIDString(uuid)
+        presence = presence_of(*domain.state()) if domain.isActive() else Presence.GONE
+        busy = presence is Presence.RUNS and domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE
+        return Presence.PRESENT if busy else presence
+    except libvirt.libvirtError as error:
+        return Presence.GONE if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN else Presence.UNSEEN
+
+
+def _halt(uuid: str) -> None:
+    click.secho(f"warning: guest {uuid} must not run here, destroy it: virsh destroy {uuid}", fg="yellow", err=True)
+
+
+def _layout(ctx: click.Context) -> Layout:
+    return ctx.find_object(Layout) or Layout()
+
+
+def _for_programs(transfer: Transfer) -> dict[str, Any]:
+    return {
+        "id": transfer.id,
+        "guest": transfer.uuid,
+        "side": transfer.side,
+        "peer": transfer.peer,
+        "endpoint": transfer.endpoint,
+        "state": transfer.state,
+        "meaning": MEANING[transfer.side][transfer.state],
+        "since": _moment(transfer.since),
+        "open": transfer.unfinished,
+    }
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -1,0 +1,71 @@
+"""Before libvirt lets a guest in from another host: fetch its key from there into this host's TPM, or refuse it."""
+
+from __future__ import annotations
+
+from swtpm_prop import host_config
+from swtpm_prop.attest import certificates
+from swtpm_prop.domain import stamp
+from swtpm_prop.domain.identity import Identity, identify
+from swtpm_prop.domain.metadata import parse_domain
+from swtpm_prop.errors import DomainError, Error, TransferError
+from swtpm_prop.host_config import AgentConfig
+from swtpm_prop.layout import Layout
+from swtpm_prop.transfer import host, talk
+from swtpm_prop.transfer.journal import Journal
+from swtpm_prop.transfer.settle import HOOK, Settler
+from swtpm_prop.transfer.speaker import Speaker
+
+ELSEWHERE = frozenset({"transfer.unreachable", "transfer.no-key", "transfer.not-running", "transfer.elsewhere"})
+"""Refusals by which a host says no more than that the guest is not there: the next may be asked."""
+
+
+def let_in(xml: bytes, layout: Layout) -> None:
+    """Fetch the key of the guest that this domain XML describes, if its key is in custody.
+
+    Raises:
+        Error: libvirt must refuse the migration; the guest runs on at the source.
+    """
+    vtpm = parse_domain(xml)
+    if vtpm is None or vtpm.custody is None:
+        return
+    if vtpm.migration is None:
+        raise DomainError(
+            "migration.not-allowed",
+            "the guest's key is kept by the host where it runs, and its metadata does not let it go",
+            'add <migration allow="attested"/> there: swtpm-prop domain enable --migration attested',
+        )
+    identity, config = identify(xml), host_config.load(layout.host).agent
+    speaker = Speaker(layout)
+    here = config.reached_at(certificates.read(speaker.identity().files.tls_certificate).host)
+    settler = Settler(layout, Journal(layout), HOOK, speaker.report)
+    refused: list[Error] = []
+    for there in candidates(identity, config, here):
+        try:
+            talk.fetch(
+                identity.uuid, vtpm.custody, (there, here), speaker.identity(), host.destination(layout), settler
+            )
+        except Error as error:
+            if error.id not in ELSEWHERE:
+                raise
+            refused.append(error)
+        else:
+            return
+    raise _nowhere(refused)
+
+
+def candidates(identity: Identity, config: AgentConfig, here: str) -> list[str]:
+    """``host:port`` of the agents to ask: first of the host that the guest's metadata names, then the peers here."""
+    stamped = stamp.read(identity)
+    named = [stamped.endpoint] if stamped else []
+    return [endpoint for endpoint in dict.fromkeys([*named, *config.peers]) if endpoint != here]
+
+
+def _nowhere(refused: list[Error]) -> Error:
+    """What to say when nobody had the guest: the first answer is that of the likeliest host."""
+    if not refused:
+        return TransferError(
+            "transfer.no-source",
+            "nothing says which host the guest comes from",
+            "start swtpm-prop's agent there, which notes it in the guest's metadata; or name peers in host.toml here",
+        )
+    return refused[0]

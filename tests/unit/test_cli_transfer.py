@@ -1,0 +1,73 @@
+"""``transfer list``, ``show`` and ``resolve`` over a real journal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from swtpm_prop.cli.main import cli
+from swtpm_prop.cli.transfer import GATES, MEANING
+from swtpm_prop.errors import Error, UsageError
+from swtpm_prop.layout import Layout
+from swtpm_prop.transfer.journal import Journal, Transfer
+from swtpm_prop.transfer.machine import TABLE, Gate, Side, State
+
+UUID = "0b7a4d6e-8f5c-4a2b-9c3d-1e2f3a4b5c6d"
+OFFERED = Transfer("a" * 32, Side.SOURCE, State.OFFERED, UUID, 3, "beta", "127.0.0.1:1")
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return Layout(tmp_path)
+
+
+def call(layout: Layout, *words: str) -> Result:
+    return CliRunner().invoke(cli, ["transfer", *words], obj=layout)
+
+
+def test_every_state_and_gate_has_its_words() -> None:
+    assert {side: set(table) for side, table in TABLE.items()} == {side: set(words) for side, words in MEANING.items()}
+    assert set(GATES) == set(Gate)
+
+
+def test_nothing_is_open(layout: Layout) -> None:
+    assert call(layout, "list").output == "no migration is open\n"
+    assert json.loads(call(layout, "list", "--json").output) == []
+    refused = call(layout, "show", UUID).exception
+    assert isinstance(refused, Error)
+    assert refused.id == "transfer.none"
+
+
+def test_what_is_open_is_listed(layout: Layout) -> None:
+    journal = Journal(layout, lambda: 86400.0)
+    journal.begin(OFFERED)
+    journal.begin(OFFERED._replace(id="b" * 32, state=State.CLOSED))
+    header, line = call(layout, "list").output.splitlines()
+    assert header.split() == ["guest", "this", "host", "is", "peer", "state", "since"]
+    assert line.split() == [UUID, "source", "beta", "offered", "1970-01-02T00:00:00Z"]
+    assert len(json.loads(call(layout, "list", "--all", "--json").output)) == 2
+
+
+def test_one_guest_is_shown(layout: Layout) -> None:
+    Journal(layout).begin(OFFERED)
+    said = call(layout, "show", UUID).output
+    assert "to beta (127.0.0.1:1), offered since" in said
+    assert said.endswith("the guest can be started here if the peer says so\n")
+    shown = json.loads(call(layout, "show", UUID, "--json").output)
+    assert shown["start"] == "ask-then-refuse"
+    assert [(t["id"], t["open"]) for t in shown["transfers"]] == [("a" * 32, True)]
+
+
+def test_the_operator_decides_what_no_host_can(layout: Layout) -> None:
+    Journal(layout).begin(OFFERED)
+    unsaid = call(layout, "resolve", UUID).exception
+    assert isinstance(unsaid, UsageError)
+    done = call(layout, "resolve", UUID, "--here")
+    assert done.exit_code == 0, done.output
+    assert done.output.splitlines()[-1] == "the guest may be started here"
+    again = call(layout, "resolve", UUID, "--here").exception
+    assert isinstance(again, Error)
+    assert again.id == "transfer.decided"
