@@ -214,6 +214,7 @@ def lookups(path: Path, count: int) -> dict[str, float]:
     index, opening = clocked(Index.open, str(path))
     return {
         "open, cold": 1e6 * opening,
+        "first judgement, cold": judged(index, known[-COLD - 1 : -COLD], certified=True),
         "cold": judged(index, known[-COLD:], certified=True),
         "warm": statistics.median(judged(index, known, certified=True) for _ in range(5)),
         "boot": judged(index, known[:BOOT] * (LOOKUPS // BOOT), certified=True),

@@ -152,6 +152,7 @@ class Index:
         self.expires = self.seen = self.entries = self.certificates = 0
         self.id = b""
         self.floors = ""
+        self._low = 0
 
     @classmethod
     def open(cls, path: str) -> Index:
@@ -261,14 +262,14 @@ class Index:
                     covering[at] = self._claims.get(at) or self._claim(at)
                 else:
                     other = at
-            # Where there are floors, the last row found may be the one that says what the thing is.
-            if covering and not self.floors:
+            # Where something is below a floor, the last row found may be the one that says so.
+            if covering and not self._low:
                 chosen = _choose(properties, covering.values(), now)
                 if chosen:
                     return Verdict(True, chosen)
         if covering:
-            counting = _above_floors(covering.values()) if self.floors else covering.values()
-            chosen = _choose(properties, counting, now) if self.floors else ()
+            counting = _above_floors(covering.values()) if self._low else covering.values()
+            chosen = _choose(properties, counting, now) if self._low else ()
             return Verdict(True, chosen) if chosen else _refusal(properties, covering.values(), counting, now)
         if other:
             why = f"certificate {self._claim(other).id} has one of the digests, but not all"
@@ -328,10 +329,10 @@ class Index:
 
     def _check_contents(self, db: sqlite3.Connection) -> None:
         """The one row of ``meta``, and both ends of the tree, which a file cut and padded would not have."""
-        meta = db.execute("SELECT id, entries, certificates, floors, checksum FROM meta").fetchall()
+        meta = db.execute("SELECT id, entries, certificates, low, floors, checksum FROM meta").fetchall()
         if len(meta) != 1 or meta[0][-1] != checksum(*meta[0][:-1]):
             raise _damaged("it does not say what it holds")
-        self.id, self.entries, self.certificates, self.floors, _ = meta[0]
+        self.id, self.entries, self.certificates, self._low, self.floors, _ = meta[0]
         self.expires, self.seen = _read_validity(self._path, self.id)
         for query in (_FIRST, _LAST):
             row = db.execute(query).fetchone()

@@ -29,7 +29,9 @@ SCHEMA = f"""
     PRAGMA page_size = 4096;
     PRAGMA application_id = {APPLICATION_ID};
     PRAGMA user_version = {FORMAT};
-    CREATE TABLE meta (id BLOB, entries INTEGER, certificates INTEGER, floors TEXT, checksum BLOB) STRICT;
+    CREATE TABLE meta (
+        id BLOB, entries INTEGER, certificates INTEGER, low INTEGER, floors TEXT, checksum BLOB
+    ) STRICT;
     CREATE TABLE certificate (
         number INTEGER PRIMARY KEY, id TEXT, issuer TEXT, not_before INTEGER, not_after INTEGER, properties TEXT,
         checksum BLOB
@@ -286,7 +288,8 @@ def _describe(db: sqlite3.Connection, entries: int, floors: Floors) -> Contents:
     for table in ("certificate", "part"):
         for (sum,) in db.execute(f"SELECT checksum FROM {table} ORDER BY number"):
             id.update(sum)
-    row = (id.digest(), entries, certificates, text)
+    (low,) = db.execute("SELECT count(*) FROM part WHERE below != ''").fetchone()
+    row = (id.digest(), entries, certificates, low, text)
     db.execute("DELETE FROM meta")
-    db.execute("INSERT INTO meta VALUES (?, ?, ?, ?, ?)", (*row, checksum(*row)))
+    db.execute("INSERT INTO meta VALUES (?, ?, ?, ?, ?, ?)", (*row, checksum(*row)))
     return Contents(id.digest(), entries, latest)

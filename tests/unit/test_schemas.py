@@ -19,7 +19,7 @@ from swtpm_prop.limits import ISSUER_KEYS, URI_CHARS
 from swtpm_prop.trust import issuers
 
 HERE = Path(__file__).parents[2]
-TABLES = {"trust": "[[issuer]]", "host": "[store]"}
+TABLES = {"trust": ("[[issuer]]", "[[floor]]"), "host": ("[store]",)}
 """What begins an example of each file."""
 BLOCK = re.compile(r"(?:^[ ]{4,}.*\n|^[ ]*\n)+", re.MULTILINE)
 
