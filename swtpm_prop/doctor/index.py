@@ -16,6 +16,10 @@ TIMER = "/etc/systemd/system/timers.target.wants/swtpm-prop-sync.timer"
 """What ``systemctl enable swtpm-prop-sync.timer`` makes."""
 
 
+CLOCK_SECONDS = 300
+"""How far the clock may be behind the latest time seen without a word: clocks are set by so much, and nobody cares."""
+
+
 class _Renewal(NamedTuple):
     """How an index is renewed, and how long before its end, in seconds, that is overdue."""
 
@@ -58,11 +62,16 @@ def index(patient: Patient) -> Iterator[Finding]:
     renewal = _renewal(patient)
     opened = Index.open(str(path))
     try:
-        yield _judge(opened.expires, f"the index {path}", renewal)
-        soon = [claim for claim, _ in opened.claims() if claim.not_after < int(time.time()) + BUILT.soon]
+        now = max(int(time.time()), opened.seen)
+        yield _judge(opened.expires - now, opened.expires, f"the index {path}", renewal)
+        soon = [claim for claim, _ in opened.claims() if claim.not_after < now + BUILT.soon]
         total = opened.certificates
     finally:
         opened.close()
+    if opened.seen > time.time() + CLOCK_SECONDS:
+        when = _format(opened.seen)
+        what = f"the clock is behind: the index was renewed at {when}, and that is what its certificates are judged by"
+        yield warning("index.clock-behind", what, "set this host's clock; if it is right, it was ahead then")
     if soon:
         what = f"{len(soon)} of {total} certificates have expired or expire within a week, first {soon[0].id}"
         yield warning("index.certificates-expire", what, renewal.mend)
@@ -75,9 +84,12 @@ def _renewal(patient: Patient) -> _Renewal:
         return BUILT
 
 
-def _judge(expires: int, who: str, renewal: _Renewal) -> Finding:
-    when = datetime.fromtimestamp(expires, UTC).isoformat(timespec="seconds")
-    left = expires - int(time.time())
+def _format(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def _judge(left: int, expires: int, who: str, renewal: _Renewal) -> Finding:
+    when = _format(expires)
     if left < 0:
         return problem("index.expired", f"{who} has expired on {when}: nothing is certified any more", renewal.mend)
     if left < renewal.soon:

@@ -65,7 +65,7 @@ def _look_at_index(layout: Layout) -> None:
     """The index must be usable. What an expired one means is the operator's choice; it says so itself in the log."""
     index = Index.open(str(layout.index))
     index.close()
-    if index.expires >= time.time():
+    if index.expires >= max(time.time(), index.seen):
         return
     # Imported here because it is seldom needed, and tomllib costs a tenth of this call.
     from swtpm_prop import host_config

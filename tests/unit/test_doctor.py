@@ -27,6 +27,7 @@ from swtpm_prop.install.survey import survey
 from swtpm_prop.layout import Layout
 from swtpm_prop.trust.build import build
 from swtpm_prop.trust.certificate import Certificate
+from swtpm_prop.trust.index import Index, validity, validity_line
 from swtpm_prop.trust.sources import Subject
 
 UUID = "0b7a4d6e-8f5c-4a2b-9c3d-1e2f3a4b5c6d"
@@ -286,6 +287,16 @@ def test_index_good_expiring_expired(root: Path) -> None:
     assert found(index.index(patient(root))) == {"index.expired": State.PROBLEM}
     build_index(Layout(root), 100 * DAY, certificate_lasts=2 * DAY)
     assert found(index.index(patient(root)))["index.certificates-expire"] is State.WARNING
+
+
+def test_a_clock_that_is_behind_the_latest_time_seen(root: Path) -> None:
+    path, now = Layout(root).index, int(time.time())
+    opened = Index.open(str(path))
+    for ahead, expected in ((60, set()), (DAY, {"index.clock-behind"})):
+        Path(validity(str(path))).write_text(validity_line(opened.id, now + 100 * DAY, now + ahead))
+        assert found(index.index(patient(root))).keys() == {"index.usable", *expected}
+    Path(validity(str(path))).write_text(validity_line(opened.id, now + DAY, now + 2 * DAY))
+    assert found(index.index(patient(root)))["index.expired"] is State.PROBLEM
 
 
 def test_index_missing_or_corrupt_is_the_stores_own_finding(root: Path) -> None:

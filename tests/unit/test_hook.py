@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import syslog
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from swtpm_prop.hook.operations import OPERATIONS, run
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import ACTIVATION_LOG_BYTES
 from swtpm_prop.trust.build import build
+from swtpm_prop.trust.index import Index, validity, validity_line
 
 UUID = "aaaaaaaa-0000-4000-8000-000000000001"
 BOOT = "https://example.org/properties/boot"
@@ -132,7 +134,10 @@ def test_banks_of_libvirt_count_as_raw(host: Layout) -> None:
         (domain().replace(b"domain:1", b"domain:2"), "domain.namespace"),
         (b"<!DOCTYPE d [<!ENTITY a 'b'>]>" + domain(), "domain.xml-doctype"),
         (domain().replace(UUID.encode(), b"../../../etc"), "domain.uuid"),
-        (domain().replace(b"</p:vtpm>", b"<p:migration allow='attested'/></p:vtpm>"), "domain.migration-without-custody"),
+        (
+            domain().replace(b"</p:vtpm>", b"<p:migration allow='attested'/></p:vtpm>"),
+            "domain.migration-without-custody",
+        ),
         (b"", "domain.xml-malformed"),
     ],
 )
@@ -186,6 +191,16 @@ def test_an_expired_index_only_warns(
     ((priority, line),) = logged
     assert priority == syslog.LOG_WARNING
     assert "nothing will be certified [store.stale]" in line
+
+
+def test_an_index_that_had_expired_has_expired_whatever_the_clock_says(
+    host: Layout, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(syslog, "syslog", lambda *_: None)
+    index, now = Index.open(str(host.index)), int(time.time())
+    Path(validity(str(host.index))).write_text(validity_line(index.id, now + 50, now + 100))
+    assert prepare(host, domain()) == 0
+    assert "nothing will be certified [store.stale]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("config", "id"), [('"refuse"', "store.stale"), ('"refuze"', "host.config")])
