@@ -4,44 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import click
 import libvirt
 
+from swtpm_prop import host_config
 from swtpm_prop.cli import explain, output, property_log
+from swtpm_prop.cli.guest import LOCAL, Guest, find, libvirt_failed
 from swtpm_prop.domain import log
 from swtpm_prop.domain.causes import causes
-from swtpm_prop.domain.identity import identify
 from swtpm_prop.domain.log import Standing
 from swtpm_prop.domain.metadata import NAMESPACE, PREFIX, Vtpm, fit, parse_domain, to_xml
 from swtpm_prop.domain.pcrs import DEFAULT, format_pcrs, parse_pcrs
 from swtpm_prop.domain.processes import has_layer
-from swtpm_prop.errors import DomainError, StoreError, printable
+from swtpm_prop.errors import DomainError, StoreError
 from swtpm_prop.layout import Layout
 from swtpm_prop.tpm.algorithms import BY_NAME, STRONG
 from swtpm_prop.translate.policy import Bank, held_value
 from swtpm_prop.trust.certificate import format_time
 from swtpm_prop.trust.index import Index
 
-LOCAL = "qemu:///system"
-
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-class Guest(NamedTuple):
-    """A domain of libvirt and its inactive XML, which is what its next start uses."""
-
-    domain: libvirt.virDomain
-    xml: bytes
-    uri: str
-
-    @property
-    def uuid(self) -> str:
-        """As libvirt writes it."""
-        return identify(self.xml).uuid
 
 
 @click.group()
@@ -66,6 +53,8 @@ def of_guest(function: Function) -> Function:
 @click.option("--bank", type=click.Choice([a.name for a in STRONG]), default="sha384", show_default=True)
 @click.option("--pcrs", default=DEFAULT, show_default=True, help="PCRs that record properties.")
 @click.option("--hidden", is_flag=True, help="Hide the bank from the guest, for kernels that sign their extends.")
+@click.option("--custody", metavar="URI", help="Encrypt its TPM for hosts with this property alone.")
+@click.option("--migration", type=click.Choice(["attested"]), help="Let it move to hosts that prove this property.")
 @click.pass_context
 def enable(
     ctx: click.Context,
@@ -76,14 +65,19 @@ def enable(
     bank: str,
     pcrs: str,
     hidden: bool,
+    custody: str | None,
+    migration: str | None,
 ) -> None:
     """Let the guest NAME record properties, from its next start on."""
-    guest = _find(name, uri)
-    vtpm = fit(Vtpm((Bank(BY_NAME[bank], parse_pcrs(pcrs), not hidden, properties),)), guest.xml)
+    guest = find(name, uri)
+    asked = Vtpm((Bank(BY_NAME[bank], parse_pcrs(pcrs), not hidden, properties),), custody, migration)
+    vtpm = fit(asked, guest.xml)
     _refuse_saved(guest)
+    _warn_if_custody_ends(guest, vtpm)
     _set_metadata(guest, to_xml(vtpm, prefix=""))
     if uri == LOCAL:
         _warn_if_not_installed(_layout(ctx))
+        _warn_if_not_recoverable(vtpm, _layout(ctx))
     _print(guest, vtpm, as_json)
 
 
@@ -91,7 +85,8 @@ def enable(
 @of_guest
 def disable(name: str, uri: str, as_json: bool) -> None:
     """Let the guest NAME be an ordinary one, from its next start on."""
-    guest = _find(name, uri)
+    guest = find(name, uri)
+    _warn_if_custody_ends(guest, None)
     _set_metadata(guest, None)
     _print(guest, None, as_json)
 
@@ -100,7 +95,7 @@ def disable(name: str, uri: str, as_json: bool) -> None:
 @of_guest
 def show(name: str, uri: str, as_json: bool) -> None:
     """Show what the guest NAME asks for, and the value its property PCRs have while they hold."""
-    guest = _find(name, uri)
+    guest = find(name, uri)
     _print(guest, parse_domain(guest.xml), as_json)
 
 
@@ -108,24 +103,14 @@ def _layout(ctx: click.Context) -> Layout:
     return ctx.find_object(Layout) or Layout()
 
 
-def _find(name: str, uri: str) -> Guest:
-    # By default libvirt also prints each error itself.
-    libvirt.registerErrorHandler(lambda *_: None, None)
-    try:
-        domain = libvirt.open(uri).lookupByName(name)
-        return Guest(domain, domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE).encode(), uri)
-    except libvirt.libvirtError as error:
-        raise _libvirt_failed(error) from error
-
-
 def _set_metadata(guest: Guest, xml: str | None) -> None:
     kind = libvirt.VIR_DOMAIN_METADATA_ELEMENT
     try:
         guest.domain.setMetadata(kind, xml, PREFIX, NAMESPACE, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
     except libvirt.libvirtError as error:
-        raise _libvirt_failed(error) from error
+        raise libvirt_failed(error) from error
     if guest.domain.isActive():
-        _warn(
+        output.warn(
             "the guest is running: the change counts from its next start; "
             "neither a reboot inside the guest nor going on from a saved image is one"
         )
@@ -136,7 +121,7 @@ def _refuse_saved(guest: Guest) -> None:
     try:
         saved = guest.domain.hasManagedSaveImage()
     except libvirt.libvirtError as error:
-        raise _libvirt_failed(error) from error
+        raise libvirt_failed(error) from error
     if saved:
         raise DomainError(
             "domain.saved",
@@ -145,26 +130,35 @@ def _refuse_saved(guest: Guest) -> None:
         )
 
 
-def _libvirt_failed(error: libvirt.libvirtError) -> DomainError:
-    return DomainError("domain.libvirt", f"libvirt refuses, {error.get_error_message()}", "see virsh list --all")
-
-
 def _warn_if_not_installed(layout: Layout) -> None:
     needed = {layout.hook: "install", layout.libexec / "swtpm": "install", layout.index: "store build"}
     for path, mend in needed.items():
         if not path.exists():
-            _warn(f"{path} is missing, the guest will not start with properties: run swtpm-prop {mend}")
+            output.warn(f"{path} is missing, the guest will not start with properties: run swtpm-prop {mend}")
 
 
-def _warn(text: str) -> None:
-    click.secho(f"warning: {printable(text)}", fg="yellow", err=True)
+def _warn_if_custody_ends(guest: Guest, vtpm: Vtpm | None) -> None:
+    with suppress(DomainError):
+        before = parse_domain(guest.xml)
+        if before and before.custody and not (vtpm and vtpm.custody):
+            output.warn("custody ends: the next start makes the guest's TPM state plain, on a host that has its key")
+
+
+def _warn_if_not_recoverable(vtpm: Vtpm, layout: Layout) -> None:
+    if vtpm.custody and not host_config.load(layout.host).custody.recovery:
+        output.warn(
+            f"no recovery key is named in {layout.host}: if this host is lost, the guest's TPM is lost with it, "
+            "and what the guest sealed to it"
+        )
 
 
 def _print(guest: Guest, vtpm: Vtpm | None, as_json: bool) -> None:
     banks = [_bank_for_programs(bank) for bank in vtpm.banks] if vtpm else []
     if as_json:
         name = guest.domain.name()
-        output.print_json({"name": name, "uuid": guest.uuid, "enabled": vtpm is not None, "banks": banks})
+        custody, migration = (vtpm.custody, vtpm.migration) if vtpm else (None, None)
+        about = {"name": name, "uuid": guest.uuid, "enabled": vtpm is not None, "banks": banks}
+        output.print_json({**about, "custody": custody, "migration": migration})
     elif not banks:
         click.echo("properties off")
     for bank in banks if not as_json else ():
@@ -173,6 +167,9 @@ def _print(guest: Guest, vtpm: Vtpm | None, as_json: bool) -> None:
         for uri in bank["properties"]:
             click.echo(f"property    {uri}")
         click.echo(f"held value  {bank['held']}")
+    if vtpm and vtpm.custody and not as_json:
+        click.echo(f"custody     on hosts with {vtpm.custody}")
+        click.echo(f"migration   {vtpm.migration or 'none'}")
 
 
 def _bank_for_programs(bank: Bank) -> dict[str, Any]:
@@ -221,7 +218,7 @@ def status(
         if not running:
             click.echo("not running; this is how its last run ended", err=True)
         if trouble:
-            _warn(trouble.line())
+            output.warn(trouble.line())
         property_log.print_standing(standing)
         property_log.print_causes(found)
     if standing.broken():
@@ -234,7 +231,7 @@ def _runs(guest: Guest) -> bool:
         starting = guest.domain.state() == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP]
         return bool(guest.domain.isActive()) and not starting
     except libvirt.libvirtError as error:
-        raise _libvirt_failed(error) from error
+        raise libvirt_failed(error) from error
 
 
 def _has_layer(path: Path) -> bool:
@@ -297,4 +294,4 @@ def _here(name: str, uri: str) -> Guest:
         raise DomainError(
             "domain.remote", f"the property log of a guest is on its host, {host}", "run the same command there"
         )
-    return _find(name, uri)
+    return find(name, uri)

@@ -72,3 +72,8 @@ def progress(items: Sequence[T], label: str) -> Iterator[Iterator[T]]:
         return
     with click.progressbar(items, label=label, file=sys.stderr) as bar:
         yield iter(bar)
+
+
+def warn(text: str) -> None:
+    """A warning on standard error."""
+    click.secho(f"warning: {printable(text)}", fg="yellow", err=True)

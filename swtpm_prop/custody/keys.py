@@ -29,6 +29,20 @@ RECORD_VERSION = 1
 _MIGRATION = b"swtpm-prop/v1/migration"
 
 
+class RecoveryCopy(NamedTuple):
+    """What lies beside a guest's TPM state for the day its host is lost.
+
+    Attributes:
+        epoch: of the key, when this was written.
+        property: URI of the host property that it demanded then.
+        recovery: the key, encrypted to the operator's recovery keys. Only this is proven, by being opened.
+    """
+
+    epoch: int
+    property: str
+    recovery: tuple[Wrap, ...]
+
+
 class KeyRecord(NamedTuple):
     """A guest's key on this host.
 
@@ -179,11 +193,17 @@ def _store_recovery_copy(record: KeyRecord, layout: Layout) -> None:
     if not path.parent.is_dir():
         path.parent.mkdir(parents=True)
         path.parent.chmod(0o711)  # as libvirt makes it (src/qemu/qemu_tpm.c, qemuTPMEmulatorInitStorage)
-    value = {"version": RECORD_VERSION, "uuid": record.uuid, "recovery": recovery.to_json(record.recovery)}
+    value = {
+        "version": RECORD_VERSION,
+        "uuid": record.uuid,
+        "epoch": record.epoch,
+        "property": record.property,
+        "recovery": recovery.to_json(record.recovery),
+    }
     durable.write(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
-def load_recovery_copy(path: Path, uuid: str) -> tuple[Wrap, ...]:
+def load_recovery_copy(path: Path, uuid: str) -> RecoveryCopy:
     """Read it.
 
     Raises:
@@ -196,7 +216,8 @@ def load_recovery_copy(path: Path, uuid: str) -> tuple[Wrap, ...]:
         value: Any = json.loads(data)
         if value["version"] != RECORD_VERSION or value["uuid"] != uuid:
             raise ValueError("it is another version's or another guest's")
-        return recovery.from_json(value["recovery"])
+        wraps = recovery.from_json(value["recovery"])
+        return RecoveryCopy(_typed(value["epoch"], int), _typed(value["property"], str), wraps)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise HostError(
             "custody.recovery-damaged",

@@ -12,7 +12,6 @@ from swtpm_prop.custody.policy import Authorization
 from swtpm_prop.errors import HostError
 from swtpm_prop.layout import Layout
 from swtpm_prop.trust import issuers
-from swtpm_prop.trust.keys import keyid
 
 
 def hardware(layout: Layout) -> Hardware:
@@ -71,24 +70,6 @@ def seal(key: bytes, uuid: str, property: str, tpm: Hardware, layout: Layout, ep
     if tpm.unseal(sealed, authorized) != key:
         raise HostError("tpm.failed", "the TPM opens another key than it sealed", "do not rely on this TPM")
     return KeyRecord(uuid, epoch, property, keys.pem(authorized.authority), sealed, wraps, encrypted=False)
-
-
-def open_by_old_authority(record: KeyRecord, tpm: Hardware, layout: Layout) -> bytes:
-    """The guest's key by the authority it was sealed to, though the trust file may name another by now.
-
-    Raises:
-        HostError: ``custody.authority-gone``; TrustError: as `approvals.verify`.
-    """
-    public = record.authority_key()
-    approved = approvals.installed(layout, public)
-    if approved is None:
-        raise HostError(
-            "custody.authority-gone",
-            f"this host has no approval list of the authority {keyid(public)[:16]} that the guest's key was sealed to",
-            f"'swtpm-prop key recover {record.uuid} --key RECOVERY.pem'",
-        )
-    state = tpm.pcrs(approved.pcrs(record.property))
-    return tpm.unseal(record.sealed, approvals.authorize(approved, public, record.property, state))
 
 
 def _authorization(property: str, tpm: Hardware, layout: Layout) -> Authorization:

@@ -16,8 +16,9 @@ import libvirt
 import pytest
 from click.testing import CliRunner, Result
 
+from swtpm_prop.cli import domain as domain_cli
 from swtpm_prop.cli.domain import command
-from swtpm_prop.domain.metadata import parse_domain
+from swtpm_prop.domain.metadata import Vtpm, parse_domain
 from swtpm_prop.errors import DomainError, WireError
 from swtpm_prop.layout import Layout
 from swtpm_prop.tpm import eventlog, imalog
@@ -84,6 +85,47 @@ def test_enable_show_disable(guest: libvirt.virDomain) -> None:
     assert parse_domain(inactive(guest)) is None
     assert json.loads(call("show", "g", "--json").stdout)["banks"] == []
     assert call("disable", "g").exit_code == 0
+
+
+def test_custody_is_switched_on_shown_and_not_lost_unnoticed(guest: libvirt.virDomain) -> None:
+    host = "https://example.org/hosts/approved"
+    on = ("--property", BOOT, "--custody", host, "--migration", "attested")
+    assert call("enable", "g", *on).stderr == ""
+    vtpm = parse_domain(inactive(guest))
+    assert vtpm is not None
+    assert (vtpm.custody, vtpm.migration) == (host, "attested")
+    shown = json.loads(call("show", "g", "--json").stdout)
+    assert (shown["custody"], shown["migration"]) == (host, "attested")
+    assert f"custody     on hosts with {host}\nmigration   attested\n" in call("show", "g").stdout
+    for again in (("enable", "g", "--property", BOOT), ("disable", "g")):
+        call("enable", "g", *on)
+        assert "custody ends" in call(*again).stderr
+    assert json.loads(call("show", "g", "--json").stdout)["custody"] is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "id"),
+    [
+        (("--migration", "attested"), "domain.migration-without-custody"),
+        (("--custody", "approved"), "domain.property"),
+    ],
+)
+def test_custody_that_a_start_would_refuse_is_refused_at_once(
+    guest: libvirt.virDomain, argv: tuple[str, ...], id: str
+) -> None:
+    assert refused("enable", "g", "--property", BOOT, *argv) == id
+
+
+def test_it_is_said_when_no_recovery_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = Layout(tmp_path)
+    vtpm = Vtpm((BANK,), "https://example.org/hosts/approved")
+    domain_cli._warn_if_not_recoverable(vtpm, layout)
+    assert "no recovery key" in capsys.readouterr().err
+    layout.etc.mkdir(parents=True)
+    layout.host.write_text('[custody]\nrecovery = ["recovery.pem"]\n')
+    domain_cli._warn_if_not_recoverable(vtpm, layout)
+    domain_cli._warn_if_not_recoverable(Vtpm((BANK,)), Layout(tmp_path / "other"))
+    assert capsys.readouterr().err == ""
 
 
 def test_enable_takes_every_choice_and_replaces_the_earlier_one(guest: libvirt.virDomain) -> None:

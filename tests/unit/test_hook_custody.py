@@ -346,8 +346,9 @@ def test_beside_the_state_lies_what_the_recovery_key_opens(host: CustodyHost, di
     copy = keys.recovery_copy(UUID, host.layout)
     assert copy == directory.parent / "swtpm-prop-recovery.json"
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
-    assert recovery.unwrap(keys.load_recovery_copy(copy, UUID), UUID, host.recovery) == handed_over(host)
-    assert keys.load_recovery_copy(copy, UUID) == kept(host).recovery
+    read = keys.load_recovery_copy(copy, UUID)
+    assert read == (0, APPROVED, kept(host).recovery)
+    assert recovery.unwrap(read.recovery, UUID, host.recovery) == handed_over(host)
 
 
 def test_a_first_start_makes_the_directory_as_libvirt_would(host: CustodyHost) -> None:
