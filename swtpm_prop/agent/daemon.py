@@ -21,11 +21,14 @@ from swtpm_prop.agent.talk import Talker
 from swtpm_prop.agent.transfers import Transfers
 from swtpm_prop.attest import certificates
 from swtpm_prop.attest.certificates import Kind
+from swtpm_prop.attest.evidence import Evidence
+from swtpm_prop.custody.keys import KeyRecord
 from swtpm_prop.domain.stamp import Stamp, to_xml
 from swtpm_prop.errors import Error, HostError
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import AGENT_END_SECONDS, AGENT_PEERS_WAITING
 from swtpm_prop.transfer import host
+from swtpm_prop.transfer.answer import Source
 from swtpm_prop.transfer.journal import Journal
 from swtpm_prop.transfer.machine import Event, Presence
 from swtpm_prop.transfer.settle import Eyes, Settler
@@ -84,8 +87,7 @@ class Agent:
         with ExitStack() as stack:
             listener = stack.enter_context(_listen(self._config.listen))
             scraped = stack.enter_context(_listen(self._config.metrics))
-            source = host.source(self._layout, self._guests.presence)
-            talker = Talker(self._speaker, source, self._settler, self._counts)
+            talker = Talker(self._speaker, self._source(), self._settler, self._counts)
             server = Server(listener, talker.talk, self._counts)
             pages = {"/metrics": lambda: (200, render(self._families(server))), "/health": self._health}
             self._guests.start()
@@ -131,6 +133,19 @@ class Agent:
 
     def _wants_stamp(self, uuid: str) -> bool:
         return self._layout.guest_key(uuid).exists() and self._guests.presence(uuid) is Presence.RUNS
+
+    # -- what peers get ---------------------------------------------------------------------------
+
+    def _source(self) -> Source:
+        """This host as a source, which notes whom it gives a key to."""
+        source = host.source(self._layout, self._guests.presence)
+
+        def judge(record: KeyRecord, shown: Evidence, binding: bytes, peer: str) -> bytes:
+            parent = source.judge(record, shown, binding, peer)
+            _log.info("guest %s: host %s has proved '%s', it gets the key", record.uuid, peer, record.property)
+            return parent
+
+        return source._replace(judge=judge)
 
     # -- what people see ------------------------------------------------------------------------
 

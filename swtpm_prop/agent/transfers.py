@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -38,10 +38,7 @@ class Transfers:
 
     def note(self, happening: Happening) -> None:
         """Write down what libvirt saw, then have it settled."""
-        try:
-            self._settler.observe(happening.uuid, happening.event, at=happening.at)
-        except Error as error:
-            self._failed(happening.uuid, error)
+        self._try(happening.uuid, lambda: self._settler.observe(happening.uuid, happening.event, at=happening.at))
         with self._lock:
             self._tries.pop(happening.uuid, None)
         if self._open(happening.uuid):
@@ -72,7 +69,7 @@ class Transfers:
     def _settle(self, uuid: str) -> None:
         again = True
         while again:
-            self._try(uuid)
+            self._try(uuid, lambda: self._settler.settle(uuid))
             with self._lock:
                 again = self._at_work[uuid]
                 self._at_work[uuid] = False
@@ -80,10 +77,11 @@ class Transfers:
                     del self._at_work[uuid]
         self._retry(uuid)
 
-    def _try(self, uuid: str) -> None:
+    def _try(self, uuid: str, step: Callable[[], object]) -> None:
+        """Take a step, and log what it led to or why it failed."""
         try:
             before = self._states(uuid)
-            self._settler.settle(uuid)
+            step()
             for line in sorted(self._states(uuid) - before):
                 _log.info("guest %s: %s", uuid, line)
         except Error as error:

@@ -36,7 +36,7 @@ def tpm(patient: Patient) -> Iterator[Finding]:
     """
     if not concerned(patient):
         return
-    if not (patient.layout.host_keys / "ak.pem").exists():
+    if not patient.layout.host_keys.is_dir():
         yield problem("host.not-initialised", "this host has no keys in its TPM", "swtpm-prop host init")
     elif patient.live:
         # Imported here because tpm2_pytss takes longer than all other checks, and few hosts need it.

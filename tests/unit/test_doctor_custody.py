@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import threading
 import time
@@ -49,7 +50,6 @@ def layout(tmp_path: Path, tpm: HardwareTpm) -> Layout:
     for directory in (layout.etc, layout.host_keys, layout.run):
         directory.mkdir(parents=True)
     configure(layout, f'[tpm]\ntcti = "{tpm.tcti}"\n[custody]\nrecovery = ["recovery.pem"]\n')
-    (layout.host_keys / "ak.pem").write_text("key")
     enrol(layout)
     pem = AUTHORITY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
     layout.trust.write_text(
@@ -120,8 +120,13 @@ def test_no_tpm(layout: Layout) -> None:
     assert found(custody.approvals(patient(layout))) == {"tpm.unreachable": State.PROBLEM}
 
 
-def test_never_initialised(layout: Layout) -> None:
-    (layout.host_keys / "ak.pem").unlink()
+def test_never_initialised(layout: Layout, tmp_path_factory: pytest.TempPathFactory) -> None:
+    with HardwareTpm(tmp_path_factory.mktemp("new")) as new:
+        configure(layout, f'[tpm]\ntcti = "{new.tcti}"\n')
+        with pytest.raises(HostError) as refused:
+            list(custody.tpm(patient(layout)))
+    assert refused.value.id == "tpm.not-initialised"
+    shutil.rmtree(layout.host_keys)
     assert found(custody.tpm(patient(layout))) == {"host.not-initialised": State.PROBLEM}
 
 
