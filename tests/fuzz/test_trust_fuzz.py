@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swtpm_prop.errors import TrustError
-from swtpm_prop.trust import certificate, issuers
+from swtpm_prop.trust import certificate, floors, issuers
 
 GOOD = issue()
 STATEMENT = statement(GOOD)
-TRUST = trust_text(ED25519, P256, threshold=2).encode()
+FLOOR = '[[floor]]\ncomponent = "linux"\nbelow = "6.1.153-1"\nproperties = ["https://example.org/p"]\n'
+TRUST = (trust_text(ED25519, P256, threshold=2) + FLOOR).encode()
 BELIEVED = trust()
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
@@ -99,6 +100,27 @@ def test_any_bytes_as_a_trust_file(data: bytes) -> None:
         return
     for issuer in known.values():
         assert 1 <= issuer.threshold <= len(issuer.keys)
+
+
+@settings(max_examples=300, deadline=None)
+@given(VALUES | st.dictionaries(st.text(max_size=8), st.dictionaries(st.just("") | st.text(), SCALARS, max_size=3)))
+def test_any_value_as_floors(value: Any) -> None:
+    """They come from a store, as JSON; what is accepted can be applied and kept."""
+    try:
+        known = floors.checked(value)
+    except TrustError as error:
+        assert error.line().isprintable()
+        return
+    assert floors.from_text(floors.to_text(known)) == {name: limits for name, limits in known.items() if limits}
+    assert floors.joined(known, known) == known
+    for component, limits in known.items():
+        assert floors.below(known, component, "", ["x:y"]).keys() <= ({"x:y"} if limits else set())
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(max_size=60) | st.from_regex(r"[0-9a-f~:+.-]{1,20}"), least=st.sampled_from(["0", "1:2-3"]))
+def test_any_text_as_a_version(text: str, least: str) -> None:
+    assert floors.reaches(text, least) in (True, False)
 
 
 @pytest.mark.parametrize("depth", [10, 100_000])

@@ -181,6 +181,21 @@ def test_a_new_floor_alone_is_an_update(path: Path) -> None:
     assert verdicts(path, OLD) == (HELD, HELD)
 
 
+@pytest.mark.parametrize("name", ["a\0b", "a\nb", "a b", "\u00e9\U0001f600", "x" * 256, "'; DROP TABLE part"])
+def test_any_name_a_component_may_have(path: Path, name: str) -> None:
+    limits = floors.joined(floors.one(name, "2", (BOOT,)), FLOOR)
+    built(path, issued(linux(OLD, "1", component=name), properties=(BOOT, LAX)), limits=limits)
+    assert verdicts(path, OLD) == (LOW, HELD)
+
+
+def test_half_a_character_is_no_name(path: Path) -> None:
+    """The index could not keep it, and one issuer's certificate would stop every sync."""
+    for said in ({"component": "\ud800"}, {"component": "linux", "version": "1\udfff"}, {"\ud800": "x"}):
+        with pytest.raises(TrustError) as refused:
+            issued(Subject("old", digests_of(OLD), said))
+        assert refused.value.id == "trust.annotations"
+
+
 # -- the trust file -----------------------------------------------------------------------------
 
 TABLES = f"""
