@@ -76,7 +76,8 @@ prop_find_key() {
 # Open a file for reading; prop_free is its descriptor, one of those that every sh can name.
 prop_open() { # FILE
     for prop_free in 9 8 7 6 5 4 3 none; do
-        [ -e "/proc/self/fd/$prop_free" ] || break
+        [ "$prop_free" != none ] || break
+        { true <&"$prop_free"; } 2>/dev/null || break
     done
     [ "$prop_free" != none ] || prop_refuse "there is no free descriptor for the keys of the TPM state" \
         layer.no-descriptor 'report this with the version of libvirt'

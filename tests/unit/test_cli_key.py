@@ -80,6 +80,8 @@ def second(host: CustodyHost, tpms: tuple[HardwareTpm, HardwareTpm], authority: 
         authority.install(host.layout)
         tpms[1].extend(5, os.urandom(32))
         made = CustodyHost(root, tpms[1], authority)
+        made.recovery = host.recovery
+        made.configure()
         shutil.copytree(host.layout.guest_tpm(UUID).parent, made.layout.guest_tpm(UUID).parent)
         for path in made.layout.guest_tpm(UUID).rglob("**/*"):
             os.chown(path, *made.account)
