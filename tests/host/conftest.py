@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from fleet import Fleet, connect_all
 from product import Product
 
 from lab import guest
@@ -49,6 +50,18 @@ def product(pair: Pair) -> Product:
     made = Product(pair.work, (pair.one, pair.other))
     made.build()
     return made
+
+
+@pytest.fixture(scope="session")
+def fleet() -> Iterator[Fleet]:
+    """Two hosts in an approved state and a stranger, members of one fleet, each with a way to every other."""
+    with laboratory("gold", "silver", "stranger") as (work, hosts):
+        connect_all(hosts)
+        for host in hosts:
+            host.install_product()
+        product = Product(work, hosts)
+        product.build()
+        yield Fleet(work, product, hosts[:2], hosts[2:])
 
 
 @pytest.fixture(scope="session")

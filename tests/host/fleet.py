@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from product import Product, at, eventually, processes
+from product import Product, eventually, processes
 
+from lab.agent import Agent
 from lab.domain import Domain
 from lab.hardware import EVENT_LOG, STOCK, TCTI, HardwareTpm, Maker, Measurement
 from lab.host import Host, connect
@@ -30,7 +29,6 @@ recovery = ["recovery.pem"]
 endpoint = "{name}:4879"
 peers = [{peers}]
 """
-AGENT_PID, AGENT_LOG = "/run/lab-agent.pid", "/var/log/lab-agent.log"
 CUSTODY = ("--custody", APPROVED, "--migration", "attested")
 
 
@@ -40,33 +38,7 @@ class Member:
     def __init__(self, host: Host, maker: Maker) -> None:
         self.host = host
         self.tpm = HardwareTpm(host, maker)
-
-    def start_agent(self) -> None:
-        """Start it, and wait until it listens."""
-        program = Path(sys.prefix) / "bin/swtpm-prop"
-        line = f'echo $$ >{AGENT_PID} && exec "$@" >>{AGENT_LOG} 2>&1'
-        self.host.run(["setsid", "-f", "sh", "-c", line, "sh", program, "agent"])
-        listening = ["ss", "-Hltn", "sport = 4879"]
-        if not eventually(lambda: bool(self.host.run(listening).stdout), 10):
-            raise LabError(f"the agent of {self.host.name} does not listen:\n{self.agent_log()}")
-
-    def stop_agent(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """End it; nothing wrong if it does not run."""
-        file = at(self.host, Path(AGENT_PID))
-        if file.exists():
-            number = file.read_text().strip()
-            self.host.run(["kill", f"-{how.value}", number], check=False)
-            if not eventually(lambda: not (self.host.root / f"proc/{number}").exists(), 10):
-                raise LabError(f"the agent of {self.host.name} does not end:\n{self.agent_log()}")
-            file.unlink()
-
-    def restart_agent(self) -> None:
-        self.stop_agent()
-        self.start_agent()
-
-    def agent_log(self) -> str:
-        """What the agent said since the host came up."""
-        return self.host.read(AGENT_LOG)
+        self.agent = Agent(host)
 
     def reboot(self, measurements: Sequence[Measurement] = STOCK) -> None:
         """Off, with whatever runs, and on again: what lay in /run is gone, the TPM begins a new boot."""
@@ -77,7 +49,7 @@ class Member:
         self.host.run(["sh", "-c", "umount /run/lab-* 2>/dev/null; rm -rf /run/*; mkdir /run/lock"])
         self.tpm.boot(measurements)
         self.host.libvirtd.start()
-        self.start_agent()
+        self.agent.start()
 
 
 class Fleet:
@@ -104,7 +76,7 @@ class Fleet:
             self.enrol(host)
         self.approve(self.keeper, "stock")
         for member in self.members.values():
-            member.start_agent()
+            member.agent.start()
 
     def enrol(self, host: Host) -> None:
         """Keys in its TPM, and certificates by one round trip."""

@@ -129,7 +129,7 @@ def eventually(true: Callable[[], bool], seconds: float = 5) -> bool:
 
 def run_directories(host: Host) -> list[str]:
     """What lies in the directory of what guests need for one start."""
-    return sorted(path.name for path in (host.root / "run/swtpm-prop").iterdir())
+    return sorted(path.name for path in (host.root / "run/swtpm-prop").iterdir() if path.is_dir())
 
 
 def at(host: Host, path: Path) -> Path:

@@ -1,0 +1,225 @@
+"""Live migration of a guest in custody: its key goes from TPM to TPM, or nothing goes and the guest runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+from fleet import APPROVED, Fleet
+from product import at, eventually, extend, processes, run_directories
+
+from lab.domain import Domain
+from lab.hardware import TCTI
+from lab.host import Host
+from lab.machine import Machine
+from lab.process import LabError
+from swtpm_prop.custody.form import Form, form
+from swtpm_prop.layout import Layout
+
+pytestmark = pytest.mark.host
+
+STAY, LEAVE = ("--live", "--unsafe"), ("--live", "--unsafe", "--persistent", "--undefinesource")
+WAYS = {
+    "peer to peer": ("--p2p", *LEAVE),
+    "native": LEAVE,
+    "tunnelled": ("--p2p", "--tunnelled", *LEAVE),
+    "definition stays and does not come": ("--p2p", *STAY),
+    "definition stays and comes": ("--p2p", "--persistent", *STAY),
+}
+ONE_LINE = r"swtpm-prop: [^\n]*\[{}\][^\n]*"
+
+
+class Traveller:
+    """A guest in custody, with what its PCRs must be wherever it is."""
+
+    def __init__(self, fleet: Fleet, machine: Machine) -> None:
+        self.fleet = fleet
+        self.machine = machine
+        machine.boot()
+        extend(machine, 12, b"of this boot alone")
+        self.pcrs = machine.pcrs()
+
+    @property
+    def uuid(self) -> str:
+        return self.machine.domain.uuid
+
+    def migrate(self, to: Host, *words: str) -> None:
+        """Ask the source's virsh, with nothing but these words."""
+        position = self.machine.console.size(to)
+        self.machine.host.virsh("migrate", self.uuid, f"qemu+tcp://{to.name}/system", *words)
+        self.machine.host = to
+        self.machine.console.attach(to, position)
+
+    def check_is_at(self, here: Host, before: Host) -> None:
+        """It runs on, what it is made of is here, in custody, and nothing of it can be opened where it was."""
+        assert self.machine.pcrs() == self.pcrs
+        self.machine.console.check("tpm2_quote -Q -c 0x81000009 -l sha256:12 -m /run/quote -s /run/signature")
+        layout = Layout()
+        assert form(at(here, layout.guest_tpm(self.uuid))) is Form.ENCRYPTED
+        assert {path.name for path in at(here, layout.guest_run(self.uuid)).iterdir()} == {"layer.json", "pcr-banks"}
+        assert eventually(lambda: self.fleet.transfers(here) == self.fleet.transfers(before) == [], 10)
+        assert at(here, layout.guest_key(self.uuid)).exists()
+        assert not at(before, layout.guest_key(self.uuid)).exists()
+        assert form(at(before, layout.guest_tpm(self.uuid))) is Form.NONE
+        assert eventually(lambda: run_directories(before) == [])
+        assert processes(before, "swtpm") == []
+
+
+@pytest.fixture(scope="module")
+def traveller(fleet: Fleet, direct: Domain) -> Iterator[Traveller]:
+    machine = fleet.define(fleet.keeper, replace(direct, name="traveller", banks=()))
+    try:
+        made = Traveller(fleet, machine)
+        for line in (
+            "tpm2_createprimary -Q -C e -G ecc -c /run/primary",
+            "tpm2_create -Q -C /run/primary -G ecc:ecdsa -u /run/pub -r /run/priv",
+            "tpm2_load -Q -C /run/primary -u /run/pub -r /run/priv -c /run/key",
+            "tpm2_evictcontrol -Q -C o -c /run/key 0x81000009",
+        ):
+            machine.console.check(line)
+        yield made
+    finally:
+        machine.remove()
+
+
+@pytest.fixture
+def other(fleet: Fleet, traveller: Traveller) -> Host:
+    """The approved host where the guest is not."""
+    gold, silver, _ = (member.host for member in fleet.members.values())
+    return silver if traveller.machine.host is gold else gold
+
+
+@pytest.mark.parametrize("words", WAYS.values(), ids=WAYS)
+def test_there_and_back(traveller: Traveller, other: Host, words: tuple[str, ...]):
+    home = traveller.machine.host
+    for here, before in ((other, home), (home, other)):
+        traveller.migrate(here, *words)
+        traveller.check_is_at(here, before)
+    if traveller.uuid in other.virsh("list", "--all", "--uuid"):
+        # libvirt would start it where its definition stayed
+        with pytest.raises(LabError, match=ONE_LINE.format("transfer.elsewhere")):
+            other.virsh("start", traveller.uuid)
+        traveller.check_is_at(home, other)
+        other.virsh("undefine", traveller.uuid)
+
+
+# -- refusals -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def nothing(_fleet: Fleet, _source: Host, _to: Host) -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def not_enrolled(fleet: Fleet, _source: Host, to: Host) -> Iterator[None]:
+    keys = at(to, Layout().host_keys)
+    keys.rename(f"{keys}.away")
+    keys.mkdir(mode=0o700)
+    try:
+        yield
+    finally:
+        for file in keys.iterdir():
+            file.unlink()
+        keys.rmdir()
+        keys.with_name("host.away").rename(keys)
+
+
+@contextmanager
+def another_parent(fleet: Fleet, _source: Host, to: Host) -> Iterator[None]:
+    """Beside the keys that are certified lies a parent whose secrets software has seen."""
+    tool = ["-Q", "-T", TCTI, "-C", "o"]
+    to.run(["tpm2_evictcontrol", *tool, "-c", "0x81005350"])
+    attributes = "restricted|decrypt|userwithauth|sensitivedataorigin"
+    to.run(["sh", "-c", f"tpm2_createprimary {' '.join(tool)} -G ecc -a '{attributes}' -c /run/parent"])
+    to.run(["tpm2_evictcontrol", *tool, "-c", "/run/parent", "0x81005350"])
+    try:
+        yield
+    finally:
+        to.run(["tpm2_evictcontrol", *tool, "-c", "0x81005350"])
+        to.cli("host", "init")
+
+
+@contextmanager
+def changed_since_approved(fleet: Fleet, _source: Host, to: Host) -> Iterator[None]:
+    fleet.members[to.name].tpm.extend(5, b"something new")
+    try:
+        yield
+    finally:
+        fleet.members[to.name].tpm.boot()
+
+
+@contextmanager
+def source_silent(fleet: Fleet, source: Host, _to: Host) -> Iterator[None]:
+    fleet.members[source.name].agent.stop()
+    try:
+        yield
+    finally:
+        fleet.members[source.name].agent.start()
+
+
+REFUSALS: dict[str, tuple[Callable[..., object], str]] = {
+    "not enrolled": (not_enrolled, "host.not-enrolled"),
+    "another parent than the certified one": (another_parent, "attest.[a-z-]+"),
+    "in a state that is not approved any more": (changed_since_approved, "transfer.state-not-approved"),
+    "source cannot be asked": (source_silent, "transfer.unreachable"),
+}
+
+
+@pytest.mark.parametrize(("spoiled", "id"), REFUSALS.values(), ids=REFUSALS)
+def test_refused(traveller: Traveller, other: Host, spoiled: Callable[..., object], id: str):
+    source = traveller.machine.host
+    with spoiled(traveller.fleet, source, other):  # type: ignore[attr-defined]
+        refused(traveller, other, id)
+    # nothing is in the way of the next one
+    traveller.migrate(other, "--p2p", *LEAVE)
+    traveller.check_is_at(other, source)
+
+
+def test_refused_by_a_host_that_was_never_approved(traveller: Traveller):
+    refused(traveller, traveller.fleet.members["stranger"].host, "transfer.state-not-approved")
+
+
+def refused(traveller: Traveller, to: Host, id: str) -> None:
+    source = traveller.machine.host
+    with pytest.raises(LabError) as caught:
+        traveller.migrate(to, "--p2p", *LEAVE)
+    caught.match(ONE_LINE.format(id))
+    assert str(caught.value).count("swtpm-prop: ") == 1
+    assert str(caught.value).rstrip("\n").count("\n") == 1  # the laboratory's own line is the other one
+    assert traveller.machine.host is source
+    assert traveller.machine.state() == "running"
+    assert traveller.machine.pcrs() == traveller.pcrs
+    assert traveller.uuid not in to.virsh("list", "--all", "--uuid")
+    assert form(at(to, Layout().guest_tpm(traveller.uuid))) is Form.NONE
+    assert not at(to, Layout().guest_key(traveller.uuid)).exists()
+    assert eventually(lambda: run_directories(to) == [])
+
+
+def test_offline_migration(fleet: Fleet):
+    """libvirt would delete the TPM's state at the source, and move none."""
+    source, to = (fleet.members[name].host for name in ("gold", "silver"))
+    machine = fleet.define(source, Domain(name="offline", memory=64))
+    try:
+        machine.start()
+        machine.destroy()
+        words = ("--offline", "--persistent", "--undefinesource", "--unsafe")
+        with pytest.raises(LabError, match=ONE_LINE.format("(migration|transfer).[a-z-]+")):
+            source.virsh("migrate", machine.domain.uuid, f"qemu+tcp://{to.name}/system", *words)
+        assert form(at(source, Layout().guest_tpm(machine.domain.uuid))) is Form.ENCRYPTED
+        machine.start()
+    finally:
+        machine.remove()
+
+
+def test_a_guest_whose_metadata_does_not_allow_it(fleet: Fleet):
+    source, to = (fleet.members[name].host for name in ("gold", "silver"))
+    machine = Machine(source, Domain(name="settled", memory=64))
+    with machine:
+        fleet.product.enable(machine, "--custody", APPROVED)
+        machine.start()
+        with pytest.raises(LabError, match=ONE_LINE.format("migration.not-allowed")):
+            machine.migrate(to)
+        assert machine.state() == "running"
