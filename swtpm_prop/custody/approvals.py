@@ -21,9 +21,9 @@ from swtpm_prop.layout import Layout
 from swtpm_prop.limits import APPROVAL_LIST_BYTES, APPROVALS, LABEL_CHARS, PCRS
 from swtpm_prop.tpm.algorithms import SHA256
 from swtpm_prop.trust import dsse, files, keys, strict_json
-from swtpm_prop.trust.certificate import PAYLOAD_TYPE, STATEMENT_TYPE
 from swtpm_prop.trust.issuers import Trust
 from swtpm_prop.trust.keys import SigningKey
+from swtpm_prop.trust.statement import PAYLOAD_TYPE, STATEMENT_TYPE
 from swtpm_prop.trust.strict_json import Object, member
 from swtpm_prop.trust.uri import check_property
 
@@ -308,7 +308,7 @@ def load(layout: Layout, trust: Trust, property: str) -> tuple[EllipticCurvePubl
         raise TrustError(
             "approvals.missing",
             f"this host has no approval list of the authority of '{property}'",
-            "'swtpm-prop store sync' gets it, or 'swtpm-prop store build' from its file",
+            "'swtpm-prop store sync' gets it, or 'swtpm-prop host update' takes it from its file",
         )
     return public, approvals
 

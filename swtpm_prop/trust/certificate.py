@@ -22,11 +22,10 @@ from swtpm_prop.trust import dsse, strict_json
 from swtpm_prop.trust.issuers import Trust
 from swtpm_prop.trust.keys import SigningKey
 from swtpm_prop.trust.sources import NO_ANNOTATIONS, Subject
+from swtpm_prop.trust.statement import PAYLOAD_TYPE, STATEMENT_TYPE
 from swtpm_prop.trust.strict_json import Object, member
 from swtpm_prop.trust.uri import check_property
 
-PAYLOAD_TYPE = "application/vnd.in-toto+json"
-STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://in-toto.io/attestation/svr/v0.2"
 
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
