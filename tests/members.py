@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from fleet import NOW, Ca, ak_key
+from fleet_ca import NOW, Ca, ak_key
 from hardware import HardwareTpm
 
 from swtpm_prop.attest import certificates

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from fleet import BINDING, HOST, NOW, Ca, enrolled, made
+from fleet_ca import BINDING, HOST, NOW, Ca, enrolled, made
 from hardware import HardwareTpm, manufacture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID
-from fleet import HOST, NOW, Ca
+from fleet_ca import HOST, NOW, Ca
 
 from swtpm_prop.attest import certificates
 from swtpm_prop.attest.certificates import Kind

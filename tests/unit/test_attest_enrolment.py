@@ -13,7 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509 import load_pem_x509_certificates
-from fleet import HOST, NOW, Ca, sign_in_software
+from fleet_ca import HOST, NOW, Ca, sign_in_software
 from hardware import HardwareTpm, manufacture
 from tpm2_pytss.types import TPM2B_PUBLIC, TPMS_ATTEST, TPMS_ECC_POINT, TPMT_PUBLIC
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from fleet import BINDING, HOST, NOW, PCRS, Ca, ak_key, enrolled, made, sign_in_software
+from fleet_ca import BINDING, HOST, NOW, PCRS, Ca, ak_key, enrolled, made, sign_in_software
 from hardware import HardwareTpm
 from tpm2_pytss import ESAPI, ESYS_TR
 from tpm2_pytss.constants import TPM2_ALG
