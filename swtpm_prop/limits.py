@@ -167,6 +167,9 @@ FLEET_CERTIFICATE_BYTES = 16384
 REVOCATIONS_BYTES = 4 * 1024 * 1024
 """Largest revocation list; 50,000 revoked certificates have 2 MB."""
 
+NEWS_BYTES = 4 * 1024 * 1024
+"""Largest approval list or list of revoked hosts that a store carries; the limit of either."""
+
 FLEET_RECORD_BYTES = 32 * 1024 * 1024
 """Largest record of who was admitted to a fleet; 50,000 admissions have 20 MB."""
 

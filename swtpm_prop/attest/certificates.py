@@ -250,20 +250,28 @@ def load_crl(pem: bytes, ca: x509.Certificate) -> x509.CertificateRevocationList
     Raises:
         AttestError: ``fleet.crl``, ``fleet.crl-foreign``.
     """
-    bad = AttestError("fleet.crl", "this is no list of revoked certificates", "take fleet.crl from the fleet's keeper")
-    _check_size(pem, REVOCATIONS_BYTES, bad)
+    bad = _malformed_crl()
+    found = _crl(pem)
     with _strict(bad):
-        found = x509.load_pem_x509_crl(pem)
-        _require(_oids(found.extensions) == _CRL_PROFILE and found.next_update_utc is not None)
-        _require(found.signature_algorithm_oid == SignatureAlgorithmOID.ECDSA_WITH_SHA256)
-        # Reads every entry: a list that ends in rubbish would raise in the middle of a later look-up.
-        _require(all(not len(entry.extensions) for entry in found))
         own = found.issuer == ca.subject and found.is_signature_valid(ca.public_key())  # type: ignore[arg-type]
     if not own:
         raise AttestError(
             "fleet.crl-foreign", "the list of revoked certificates is not this fleet's", "take fleet.crl of this fleet"
         )
     return found
+
+
+def read_crl(pem: bytes) -> tuple[bytes, int]:
+    """Who a list says signed it (key identifier of the CA, 20 bytes), and its number; nothing is verified.
+
+    Raises:
+        AttestError: ``fleet.crl``.
+    """
+    found = _crl(pem)
+    signer = found.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+    if signer is None or len(signer) != _KEY_IDENTIFIER_BYTES:
+        raise _malformed_crl()
+    return signer, crl_number(found)
 
 
 def crl_number(crl: x509.CertificateRevocationList) -> int:
@@ -308,6 +316,9 @@ _PROFILE = frozenset(
 """The extensions of a host's certificate, and whether each is critical."""
 
 _CRL_PROFILE = frozenset({(ExtensionOID.CRL_NUMBER, False), (ExtensionOID.AUTHORITY_KEY_IDENTIFIER, False)})
+
+_KEY_IDENTIFIER_BYTES = 20
+"""SHA-1 of the key (RFC 5280, section 4.2.1.2); it only finds, it never decides."""
 
 _PURPOSES = {Kind.AK: "attestation", Kind.TLS: "TLS"}
 
@@ -372,6 +383,22 @@ def _check_crl_window(crl: x509.CertificateRevocationList, now: int) -> None:
             "the fleet's list of revoked certificates has expired",
             "sign it anew with 'swtpm-prop fleet renew' and bring it to the hosts with 'store sync' or 'host update'",
         )
+
+
+def _crl(pem: bytes) -> x509.CertificateRevocationList:
+    bad = _malformed_crl()
+    _check_size(pem, REVOCATIONS_BYTES, bad)
+    with _strict(bad):
+        found = x509.load_pem_x509_crl(pem)
+        _require(_oids(found.extensions) == _CRL_PROFILE and found.next_update_utc is not None)
+        _require(found.signature_algorithm_oid == SignatureAlgorithmOID.ECDSA_WITH_SHA256)
+        # Reads every entry: a list that ends in rubbish would raise in the middle of a later look-up.
+        _require(all(not len(entry.extensions) for entry in found))
+    return found
+
+
+def _malformed_crl() -> AttestError:
+    return AttestError("fleet.crl", "this is no list of revoked certificates", "take fleet.crl from the fleet's keeper")
 
 
 # -- small parts --------------------------------------------------------------------------------

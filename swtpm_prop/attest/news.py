@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from swtpm_prop import host_config
-from swtpm_prop.attest import membership
+from swtpm_prop.attest import certificates, membership
 from swtpm_prop.custody import approvals
 from swtpm_prop.custody.hardware import Hardware
 from swtpm_prop.errors import TrustError
 from swtpm_prop.layout import Layout
 from swtpm_prop.trust import issuers
+from swtpm_prop.trust.news import PREFIX
 
 _CRL = b"-----BEGIN X509 CRL-----"
+_KEYID = re.compile(r"[0-9a-f]{64}")
+
+
+class Edition(NamedTuple):
+    """Which edition a list is, whoever signed it: to keep lists apart, never to rely on.
+
+    Attributes:
+        name: of its file in a store; of all editions of who speaks.
+        number: a later edition has a higher one.
+    """
+
+    name: str
+    number: int
 
 
 class Installed(NamedTuple):
@@ -31,6 +46,22 @@ class Installed(NamedTuple):
 def is_crl(data: bytes) -> bool:
     """Whether this is the list of revoked certificates, and no approval list."""
     return data.lstrip().startswith(_CRL)
+
+
+def identify(data: bytes) -> Edition:
+    """What a file is for a store that carries it.
+
+    Raises:
+        AttestError: ``fleet.crl``.
+        TrustError: as `approvals.read`; ``approvals.key``.
+    """
+    if is_crl(data):
+        signer, number = certificates.read_crl(data)
+        return Edition(f"{PREFIX}fleet-{signer.hex()}.crl", number)
+    listed = approvals.read(data)
+    if _KEYID.fullmatch(listed.authority) is None:
+        raise TrustError("approvals.key", "the list does not name its authority by a key id", "take another list")
+    return Edition(f"{PREFIX}approvals-{listed.authority}.json", listed.sequence)
 
 
 def install(layout: Layout, data: bytes) -> Installed:

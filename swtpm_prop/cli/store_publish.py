@@ -13,7 +13,7 @@ from typing import Any
 import click
 from tuf.api.metadata import Metadata, Root
 
-from swtpm_prop.cli import output
+from swtpm_prop.cli import output, store_news
 from swtpm_prop.errors import TrustError, UsageError, printable
 from swtpm_prop.limits import CERTIFICATE_BYTES, OFFLINE_NOTICE
 from swtpm_prop.trust import certificate, floors, signers
@@ -78,15 +78,25 @@ def root(
 
 @click.command()
 @_store
-@click.argument("certificates", nargs=-1, required=True, type=_FILE, metavar="CERT...")
+@click.argument("files", nargs=-1, required=True, type=_FILE, metavar="FILE...")
 @output.json_option
-def add(directory: Path, certificates: tuple[Path, ...], as_json: bool) -> None:
-    """Take certificates into the next publication; all of them, or none if one is malformed or was revoked."""
-    new = Publisher(directory).add(certificates, output.progress)
+def add(directory: Path, files: tuple[Path, ...], as_json: bool) -> None:
+    """Take certificates into the next publication; all of them, or none if one is malformed or was revoked.
+
+    Approval lists ('host approve') and a fleet's list of revoked hosts ('fleet revoke') likewise: each takes the place
+    of its last edition.
+    """
+    publisher = Publisher(directory)
+    certificates, news = store_news.divide(files)
+    new = publisher.add(certificates, output.progress) if certificates else 0
+    editions = store_news.place(publisher, news)
     if as_json:
-        output.print_json({"added": new})
+        output.print_json({"added": new, "editions": editions})
         return
-    click.echo(f"{new} new certificates wait for 'store publish'; {len(certificates) - new} were there")
+    if certificates:
+        click.echo(f"{new} new certificates wait for 'store publish'; {len(certificates) - new} were there")
+    if news:
+        click.echo(f"{editions} new lists wait for 'store publish'; {len(news) - editions} were there")
 
 
 @click.command()

@@ -29,7 +29,7 @@ from swtpm_prop.limits import (
     STORE_BYTES,
     TIMESTAMP_BYTES,
 )
-from swtpm_prop.trust import build, certificate, issuers, keys
+from swtpm_prop.trust import build, certificate, issuers, keys, news
 from swtpm_prop.trust.build import Summary
 from swtpm_prop.trust.certificate import Certificate
 from swtpm_prop.trust.files import exclusive, read_file, write_file
@@ -52,12 +52,22 @@ class Refusal(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a sync did: certificates that are new in the index, that left it, that were refused; what it holds now."""
+    """What a sync did.
+
+    Attributes:
+        added: certificates that are new in the index.
+        removed: certificates that left it.
+        refused: what of the store is left out.
+        summary: what the index holds now.
+        news: files with approvals of hosts' states and lists of revoked hosts, as the store has them now; nothing of
+            them is verified but that they are the store's.
+    """
 
     added: int
     removed: int
     refused: tuple[Refusal, ...]
     summary: Summary
+    news: tuple[Path, ...] = ()
 
 
 def sync(layout: Layout, url: str, fetcher: FetcherInterface, running: Running, report: Report) -> Outcome:
@@ -87,8 +97,9 @@ def sync(layout: Layout, url: str, fetcher: FetcherInterface, running: Running, 
             roles = _accepted(layout)
             end = _end(roles, build.last_seen(layout.index))
             floors = joined(own, _floors(roles[Targets.type]))
-            listed, refused = _listed(roles[Targets.type])
+            listed, told, refused = _listed(roles[Targets.type])
             _fetch(updater, cache, listed, running)
+            _fetch_news(updater, cache, told)
         refused += _verify(cache, listed, trust, running)
         held = build.held(layout.index)
         wanted = {cache.verified[name]: name for name in listed if name in cache.verified}
@@ -100,7 +111,8 @@ def sync(layout: Layout, url: str, fetcher: FetcherInterface, running: Running, 
                 raise
             summary = build.build(layout.index, cache.certificates(wanted.values()), end, report, floors)
         cache.sweep(listed)
-    return Outcome(len(added), len(held - wanted.keys()), tuple(refused), summary)
+        kept = news.sweep(layout.store, told)
+    return Outcome(len(added), len(held - wanted.keys()), tuple(refused), summary, kept)
 
 
 def _alone(layout: Layout) -> AbstractContextManager[int]:
@@ -166,37 +178,54 @@ def _floors(targets: Targets) -> Floors:
         raise StoreError("store.invalid", f"the store makes no sense: {error.what}", _WAIT) from error
 
 
-def _listed(targets: Targets) -> tuple[dict[str, TargetFile], list[Refusal]]:
-    """The certificates the store lists, by SHA-256 in hex, and what it lists that cannot be one."""
+def _listed(targets: Targets) -> tuple[dict[str, TargetFile], dict[str, TargetFile], list[Refusal]]:
+    """The certificates the store lists, by SHA-256 in hex; its news, by path; what it lists that is neither."""
     listed: dict[str, TargetFile] = {}
+    told: dict[str, TargetFile] = {}
     refused = []
     for path, target in targets.targets.items():
-        name = _TARGET.fullmatch(path)
-        # Other hashes beside it would take part in the name by which it is fetched.
-        if name is None or target.hashes != {"sha256": name[1]}:
-            error = StoreError(
-                "store.target",
-                "it is not named by its SHA-256 below certificates/",
-                "ask the publisher to publish with swtpm-prop store publish",
-            )
+        try:
+            if path.startswith(news.PREFIX):
+                news.check(target)
+                told[path] = target
+            else:
+                listed[_certificate(target)] = target
+        except StoreError as error:
             refused.append(Refusal(path, error))
-        elif target.length > CERTIFICATE_BYTES:
-            too_large = StoreError(
-                "store.too-large",
-                f"it has {target.length} bytes, allowed are {CERTIFICATE_BYTES}",
-                "ask the publisher to divide this certificate",
-            )
-            refused.append(Refusal(path, too_large))
-        else:
-            listed[name[1]] = target
-    total = sum(target.length for target in listed.values())
+    total = sum(target.length for each in (listed, told) for target in each.values())
     if total > STORE_BYTES:
         raise StoreError(
             "store.too-large",
-            f"the store has {total} bytes of certificates, allowed are {STORE_BYTES}",
+            f"the store has {total} bytes, allowed are {STORE_BYTES}",
             "ask the publisher to take out what nobody needs",
         )
-    return listed, refused
+    return listed, told, refused
+
+
+def _certificate(target: TargetFile) -> str:
+    """The SHA-256 that names a certificate."""
+    name = _TARGET.fullmatch(target.path)
+    # Other hashes beside it would take part in the name by which it is fetched.
+    if name is None or target.hashes != {"sha256": name[1]}:
+        raise StoreError(
+            "store.target",
+            "it is not named by its SHA-256 below certificates/",
+            "ask the publisher to publish with swtpm-prop store publish",
+        )
+    if target.length > CERTIFICATE_BYTES:
+        raise StoreError(
+            "store.too-large",
+            f"it has {target.length} bytes, allowed are {CERTIFICATE_BYTES}",
+            "ask the publisher to divide this certificate",
+        )
+    return name[1]
+
+
+def _fetch_news(updater: Updater, cache: _Cache, told: Mapping[str, TargetFile]) -> None:
+    for path, target in told.items():
+        if not news.is_kept(cache.directory, target):
+            updater.download_target(target, str(cache.new))
+            cache.keep(cache.directory / path)
 
 
 def _fetch(updater: Updater, cache: _Cache, listed: Mapping[str, TargetFile], running: Running) -> None:
@@ -205,7 +234,7 @@ def _fetch(updater: Updater, cache: _Cache, listed: Mapping[str, TargetFile], ru
     with running(absent, "fetching") as each:
         for name in each:
             updater.download_target(listed[name], str(cache.new))
-            cache.keep(name)
+            cache.keep(cache.path(name))
 
 
 @contextmanager
@@ -244,30 +273,31 @@ class _Cache:
     """What was fetched, and under which trust file it was verified."""
 
     def __init__(self, directory: Path, trust: Trust) -> None:
-        self._directory = directory
+        self.directory = directory
         self._record = directory / "verified.json"
         self._trust = _fingerprint(trust)
         self.new = directory / "new"
         self.verified = self._read_record()
         """Certificates that are good under the present trust file: SHA-256 of the file to the certificate's id."""
-        (directory / "certificates").mkdir(exist_ok=True)
+        for kind in ("certificates", news.PREFIX):
+            (directory / kind).mkdir(exist_ok=True)
         # What a killed sync was writing.
         for left in (self.new, *directory.glob("metadata/tmp*"), *directory.glob(".verified.json.*")):
             left.unlink(missing_ok=True)
 
     def names(self) -> set[str]:
         """What is kept, by SHA-256."""
-        return {file.stem for file in (self._directory / "certificates").iterdir()}
+        return {file.stem for file in (self.directory / "certificates").iterdir()}
 
     def path(self, name: str) -> Path:
         """Where the file with this SHA-256 is kept."""
-        return self._directory / "certificates" / f"{name}.json"
+        return self.directory / "certificates" / f"{name}.json"
 
-    def keep(self, name: str) -> None:
-        """Keep what was just fetched."""
+    def keep(self, path: Path) -> None:
+        """Keep there what was just fetched."""
         with self.new.open("rb") as file:
             os.fsync(file.fileno())
-        self.new.replace(self.path(name))
+        self.new.replace(path)
 
     def read(self, name: str) -> bytes:
         """The file, as its name says it is; what the disk has spoilt is forgotten."""

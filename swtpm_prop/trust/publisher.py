@@ -1,6 +1,7 @@
 """A publisher's directory: the certificates that shall be in the store, drafts to sign, the plain files that hosts get.
 
 - ``certificates/<sha256>.json``: what the next publication holds, named by content
+- ``news/``: approvals of hosts' states and lists of revoked hosts, which it holds too; see `trust.news`
 - ``revoked.json``: what must never come in again
 - ``draft/``: root and targets that wait for signatures
 - ``public/``: the store; copy it to any web server, ``metadata/timestamp.json`` last
@@ -22,8 +23,8 @@ from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Root, TargetFile
 
 from swtpm_prop.errors import StoreError, TrustError
-from swtpm_prop.limits import CERTIFICATE_BYTES, METADATA_BYTES_MOST, METADATA_KEPT
-from swtpm_prop.trust import certificate, repository
+from swtpm_prop.limits import CERTIFICATE_BYTES, METADATA_BYTES_MOST, METADATA_KEPT, NEWS_BYTES
+from swtpm_prop.trust import certificate, news, repository
 from swtpm_prop.trust.certificate import Certificate
 from swtpm_prop.trust.files import exclusive, read_file, write_file
 from swtpm_prop.trust.floors import Floors
@@ -38,6 +39,9 @@ Running = Callable[[Sequence[T], str], Any]
 
 _SIMILAR = 10
 """Components that are suggested for one that is not there."""
+
+_KINDS = ("certificates", "news")
+"""Directories of targets."""
 
 _VERSIONED = re.compile(r"([1-9][0-9]{0,9})\.(root|targets|snapshot)\.json")
 
@@ -131,6 +135,25 @@ class Publisher:
             for name in new:
                 write_file(self.certificates / name, taken[name])
         return len(new)
+
+    def news(self, name: str) -> bytes | None:
+        """The edition with this name that the next publication holds.
+
+        Raises:
+            TrustError: as `read_file`.
+        """
+        path = self.directory / name
+        return read_file(path, NEWS_BYTES) if path.exists() else None
+
+    def place(self, name: str, data: bytes) -> bool:
+        """Take in an edition of news, in the place of the last; returns whether that changes anything.
+
+        Raises:
+            StoreError: ``store.busy``, ``store.absent``.
+            TrustError: as `write_file`.
+        """
+        with self._alone():
+            return news.place(self.directory, name, data)
 
     def revoke(self, named: Collection[str], floors: Floors, running: Running[Path]) -> Revocation:
         """Take certificates out of the next publication, and never let them or what they cover in again.
@@ -227,16 +250,16 @@ class Publisher:
             signers = open_signers(names, self._known_keys(published, drafts), ask)
             step = repository.advance(published, drafts, wanted, signers, now)
             if step.files:
-                self._copy_certificates(wanted)
+                self._copy(wanted)
                 for name, content in step.files.items():
                     write_file(self.metadata / name, content)
             self._keep(step.drafts)
             after = self._published()
             listed = after.targets.signed.targets if after.targets else {}
             if step.files:
-                self._prune(after, {*before, *listed})
-        added, removed = len(listed.keys() - before.keys()), len(before.keys() - listed.keys())
-        return Publication(tuple(step.files), len(listed), added, removed, step.missing, _ends(after))
+                self._prune(after, (*before.values(), *listed.values()))
+        old, new = _certificates(before), _certificates(listed)
+        return Publication(tuple(step.files), len(new), len(new - old), len(old - new), step.missing, _ends(after))
 
     # -- files ----------------------------------------------------------------------------------
 
@@ -305,38 +328,44 @@ class Publisher:
                     raise self._changed(file)
                 revoked.refuse(one, file)
             targets[target] = TargetFile(file.stat().st_size, {"sha256": file.stem}, target)
-        return Wanted(targets, revoked.floors)
+        return Wanted(targets | news.targets(self.directory), revoked.floors)
 
     def _changed(self, file: Path) -> StoreError:
         mend = f"take it out, and add it anew: swtpm-prop store remove {self.directory} {file}"
         return StoreError("store.changed", f"'{file}' is not what its name says", mend)
 
-    def _copy_certificates(self, wanted: Wanted) -> None:
+    def _copy(self, wanted: Wanted) -> None:
         for target, listed in wanted.targets.items():
             (to,) = (self.targets / path for path in listed.get_prefixed_paths())
             if to.exists():
                 continue
             data = read_file(self.directory / target, CERTIFICATE_BYTES)
-            if _name(data) != to.name.partition(".")[2]:
+            if listed.hashes != {"sha256": hashlib.sha256(data).hexdigest()}:
                 raise self._changed(self.directory / target)
+            to.parent.mkdir(exist_ok=True)
             write_file(to, data)
 
     def _sweep(self) -> None:
         """Remove what a killed process left of files it was writing."""
-        for place in (self.directory, self.certificates, self.drafts, self.metadata, self.targets / "certificates"):
-            for left in place.glob(".*.json.*"):
+        inside = [self.targets / kind for kind in _KINDS]
+        for place in (self.directory, self.certificates, self.drafts, self.metadata, *inside):
+            for left in (*place.glob(".*.json.*"), *place.glob(".*.crl.*")):
                 left.unlink()
 
-    def _prune(self, now: State, targets: Collection[str]) -> None:
+    def _prune(self, now: State, targets: Iterable[TargetFile]) -> None:
         """Forget old metadata and certificates, but for those that a host may just be fetching."""
         current = {md.signed.type: md.signed.version for md in (now.targets, now.snapshot) if md}
         for found in self._versioned():
             if found[2] in current and int(found[1]) <= current[found[2]] - METADATA_KEPT:
                 (self.metadata / found[0]).unlink()
-        names = {Path(target).name for target in targets}
-        for path in (self.targets / "certificates").iterdir():
-            if path.name.partition(".")[2] not in names:
+        kept = {self.targets / path for target in targets for path in target.get_prefixed_paths()}
+        for path in (path for kind in _KINDS for path in (self.targets / kind).glob("*")):
+            if path not in kept:
                 path.unlink()
+
+
+def _certificates(targets: Iterable[str]) -> set[str]:
+    return {target for target in targets if not target.startswith(news.PREFIX)}
 
 
 def _like(one: Certificate, other: Subject) -> list[Subject]:

@@ -32,6 +32,7 @@ from swtpm_prop.trust.index import Index, validity
 from swtpm_prop.trust.repository import ROLES
 
 OLD, NEW = b"old kernel", b"new kernel"
+NEWS = f"news/fleet-{40 * 'a'}.crl"
 
 
 @pytest.fixture
@@ -40,6 +41,7 @@ def keeper(tmp_path: Path) -> Keeper:
     made = Keeper(tmp_path)
     made.init()
     made.add(certificate(OLD))
+    made.publisher.place(NEWS, b"old")
     made.publish()
     return made
 
@@ -66,6 +68,7 @@ def replace(keeper: Keeper) -> None:
     old = certificates.read(next(keeper.publisher.certificates.iterdir()).read_bytes())
     keeper.publisher.revoke([old.id], {}, quiet)
     keeper.add(certificate(NEW))
+    keeper.publisher.place(NEWS, b"new")
     keeper.publish()
 
 
@@ -452,9 +455,10 @@ def test_a_revoked_online_key_signs_nothing_any_more(keeper: Keeper, host: Follo
     assert refused(host) == "store.signature"
 
 
-@pytest.mark.parametrize(
-    "path", ["../../../etc/shadow", "/etc/shadow", "certificates/../../x.json", "certificates/x.json", "other", ""]
-)
+PATHS = ["../../../etc/shadow", "/etc/shadow", "certificates/../../x.json", "certificates/x.json", "other", ""]
+
+
+@pytest.mark.parametrize("path", [*PATHS, "news/../x.crl", f"news/fleet-{40 * 'a'}.crl/x", "news/x.crl", "news/"])
 def test_target_paths_cannot_leave_their_place(keeper: Keeper, host: Follower, path: str) -> None:
     data = b"evil"
     relist(keeper, lambda targets: targets.update({path: TargetFile.from_data(path, data)}))
@@ -474,6 +478,19 @@ def test_targets_have_the_one_hash_that_names_them(keeper: Keeper, host: Followe
         evil = TargetFile(4, {"sha256": "0" * 64}, f"certificates/{name}.json")
     relist(keeper, lambda targets: targets.update({evil.path: evil}))
     assert [refusal.error.id for refusal in host.sync().refused] == ["store.target"]
+
+
+@pytest.mark.parametrize("hashes", [{}, {"sha256": "../../x"}, {"sha256": "0" * 64, "sha512": "0" * 128}])
+def test_news_have_one_hash_and_its_form(keeper: Keeper, host: Follower, hashes: dict[str, str]) -> None:
+    evil = TargetFile(4, hashes, f"news/fleet-{40 * 'b'}.crl")
+    relist(keeper, lambda targets: targets.update({evil.path: evil}))
+    assert [refusal.error.id for refusal in host.sync().refused] == ["store.target"]
+
+
+def test_news_of_100_megabytes_are_not_even_fetched(keeper: Keeper, host: Follower) -> None:
+    large = TargetFile(100 * 1024 * 1024, {"sha256": "0" * 64}, f"news/fleet-{40 * 'b'}.crl")
+    relist(keeper, lambda targets: targets.update({large.path: large}))
+    assert [refusal.error.id for refusal in host.sync().refused] == ["store.too-large"]
 
 
 def relist(keeper: Keeper, change: Callable[[dict[str, TargetFile]], None]) -> None:
@@ -567,9 +584,10 @@ def test_interrupted_anywhere_the_old_index_serves_and_the_next_sync_succeeds(
         status = interrupt(host.sync, number, how)
         assert status in (0, 1, 7, 9), number
         assert host.certified(OLD, NEW) in ([OLD], [NEW]), number
-        host.sync()
-        assert host.certified(OLD, NEW) == [NEW], number
-        left = [file.name for file in host.layout.root.rglob("*") if file.name.startswith((".", "tmp", "new"))]
+        (told,) = host.sync().news
+        assert (host.certified(OLD, NEW), told.read_bytes()) == ([NEW], b"new"), number
+        files = (file for file in host.layout.root.rglob("*") if file.is_file())
+        left = [file.name for file in files if file.name.startswith((".", "tmp", "new"))]
         assert left == [], number
         if status == 0:
             break
