@@ -100,8 +100,8 @@ class Settler:
         """Let an ordinary start of the guest pass, or not; libvirt is about to do it, so no process of it is here.
 
         Raises:
-            TransferError: ``transfer.undecided``, ``transfer.elsewhere``; ``transfer.too-late``: it should receive the
-                guest, and its key was given up; the journal cannot be used.
+            TransferError: ``transfer.undecided``, ``transfer.elsewhere``; ``transfer.too-late``: a key waited here that
+                this start was perhaps meant for; it is given up now. The journal cannot be used.
         """
         waited = [known for known in self.journal.of(uuid) if known.state is State.IMPORTED]
         self.observe(uuid, Event.ABANDON, Event.GONE)
@@ -448,7 +448,7 @@ def _elsewhere(transfer: Transfer) -> TransferError:
 def _too_late(transfer: Transfer) -> TransferError:
     return TransferError(
         "transfer.too-late",
-        f"libvirt took more than {ARRIVAL_SECONDS} seconds to receive the guest from host '{transfer.peer}'",
+        f"the guest was to come from host '{transfer.peer}', and did not within {ARRIVAL_SECONDS} seconds",
         "migrate again",
     )
 

@@ -346,16 +346,75 @@ def test_an_operator_is_asked_only_where_nobody_can_know() -> None:
     quiet = [world for world in explored() if world.phase == OVER and world.there not in (WAITS, HALTED)]
     stuck = [world for world in quiet if world not in reached and not world.spoken]
     assert stuck
-    nobody_knows = {
-        world
-        for world in stuck
-        if world.source is S.OFFERED
+    refute([world for world in stuck if not nobody_knows(world)])
+
+
+def at_rest(world: World) -> bool:
+    """Nothing is left to learn, to tell or to do, and one host has the key."""
+    source = (None, S.CLOSED, S.RELEASED, S.SETTLED)
+    return (
+        world.source in source
+        and world.destination in (None, S.CLOSED, S.SETTLED)
+        and not (world.source_due or world.destination_due)
+        and world.source_key is not world.destination_key
+    )
+
+
+def test_both_sides_come_to_rest() -> None:
+    """Once nothing happens any more but that they look, talk and do what they have to; else an operator says a word."""
+    quiet = {world for world in explored() if world.phase in (IDLE, OVER) and world.there not in (WAITS, HALTED)}
+    good = {world for world in explored() if at_rest(world)}
+    alone = reaches(good, (hooks, deeds, sights, network))
+    stuck = [world for world in quiet if world not in alone]
+    # A guest that libvirt runs twice has to be ended where it is paused.
+    refute([world for world in stuck if not nobody_knows(world) and not twice(world) and not lifted(world)])
+    asked = reaches(good, (hooks, deeds, sights, network, operators))
+    refute([world for world in stuck if world not in asked and nobody_knows(world) and world.promised is None])
+
+
+def lifted(world: World) -> bool:
+    """An operator at the source began the guest anew while the destination was lost."""
+    return world.source is S.SETTLED
+
+
+def twice(world: World) -> bool:
+    """libvirt made the guest run twice, and the process at the source is still there."""
+    return world.split and world.here != GONE
+
+
+def nobody_knows(world: World) -> bool:
+    """The source's process ended unseen, and so did the destination's."""
+    return (
+        world.source is S.OFFERED
         and world.destination in (S.ARRIVING, S.LEFT)
         and (world.here, world.there) == (GONE, GONE)
         and not world.migrated
         and not world.never_ran
-    }
-    refute([world for world in stuck if world not in nobody_knows])
+    )
+
+
+def test_a_guest_that_runs_twice_is_paused_at_one() -> None:
+    both = [world for world in explored() if (world.here, world.there) == (RUNS, RUNS) and world.phase == OVER]
+    paused = {world for world in explored() if HALTED in (world.here, world.there)}
+    reached = reaches(paused, (deeds, sights, network))
+    assert both
+    refute([world for world in both if world not in reached])
+
+
+def test_where_a_start_waits_for_a_peer_that_is_lost_an_operator_can_speak() -> None:
+    for side, gates in machine.GATES.items():
+        for state, gate in gates.items():
+            if gate is Gate.ASK_THEN_REFUSE and state is not S.ARRIVING:  # that ends by itself
+                assert Event.HERE in machine.TABLE[side][state]
+    assert Event.HERE in machine.TABLE[SOURCE][S.RELEASED]
+
+
+def test_an_answer_of_a_lost_peer_is_needed_only_where_it_could_matter() -> None:
+    """A source that is known to have the guest starts it at once, and so does a settled destination."""
+    for state in (S.CANCELLED, S.KEPT, S.CLOSED, S.SETTLED):
+        assert machine.GATES[SOURCE][state] is Gate.START
+    assert machine.GATES[DESTINATION][S.SETTLED] is Gate.START
+    assert machine.GATES[DESTINATION][S.ACTIVATED] is Gate.ASK_THEN_START
 
 
 @pytest.mark.parametrize("side", Side)
