@@ -71,14 +71,14 @@ def parse_domain(xml: bytes) -> Vtpm | None:
     """
     if not scan(xml).concerned:
         return None
-    root = _tree(xml)
+    root = tree(xml)
     return _fitted(_vtpm(_only_element(root)), root)
 
 
 def parse_element(xml: bytes) -> Vtpm:
     """Read the metadata element alone, for a domain that has no ``<active_pcr_banks>``. Raises as `parse_domain`."""
     scan(xml, METADATA_BYTES)
-    return _vtpm(_tree(xml))
+    return _vtpm(tree(xml))
 
 
 def fit(vtpm: Vtpm, xml: bytes) -> Vtpm:
@@ -88,7 +88,7 @@ def fit(vtpm: Vtpm, xml: bytes) -> Vtpm:
         DomainError: as `parse_domain`.
     """
     scan(xml)
-    return _fitted(_vtpm(_tree(to_xml(vtpm).encode())), _tree(xml))
+    return _fitted(_vtpm(tree(to_xml(vtpm).encode())), tree(xml))
 
 
 def to_xml(vtpm: Vtpm, prefix: str = PREFIX) -> str:
@@ -116,7 +116,7 @@ def to_xml(vtpm: Vtpm, prefix: str = PREFIX) -> str:
 # -- the element ----------------------------------------------------------------------------------
 
 
-def _tree(xml: bytes) -> etree._Element:
+def tree(xml: bytes) -> etree._Element:
     """Parse XML that `scan` has been through: it has no document type declaration."""
     parser = etree.XMLParser(
         encoding="UTF-8",

@@ -38,3 +38,8 @@ def read(identity: Identity) -> Stamp | None:
     """The stamp of a domain XML; None if there is none, or none that an agent would write."""
     endpoint, host = identity.stamp.get("endpoint", ""), identity.stamp.get("host", "")
     return Stamp(endpoint, host) if _ENDPOINT.fullmatch(endpoint) and _HOST.fullmatch(host) else None
+
+
+def transfer(identity: Identity) -> str:
+    """The id of the transfer by which libvirt is receiving the guest, as `arrival.note` wrote it; empty if none."""
+    return identity.stamp.get("transfer", "")

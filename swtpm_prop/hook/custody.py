@@ -110,26 +110,42 @@ class Case(NamedTuple):
         return record
 
 
-def key_for_start(uuid: str, property: str | None, account: Account, layout: Layout) -> bytes | None:
-    """The key of the TPM state for this start of the guest, 32 bytes; None where it is not in custody.
+class Start(NamedTuple):
+    """What a start has to know.
+
+    Attributes:
+        key: of the TPM state, 32 bytes; None: it is not in custody.
+        receives: the guest comes from another host and brings its state: what an earlier stay left here is replaced.
+    """
+
+    key: bytes | None
+    receives: bool = False
+
+
+def key_for_start(uuid: str, property: str | None, transfer: str, account: Account, layout: Layout) -> Start:
+    """The key of the TPM state for this start of the guest.
 
     Args:
         uuid: the guest's, whose state is not one that libvirt encrypts by itself.
         property: the host property that its metadata demands; None: it does not ask for custody.
+        transfer: id of the transfer that this start receives the guest by; empty for an ordinary start.
+        account: swtpm's.
+        layout: of this host.
 
     Raises:
         Error: the guest must not start; its state is whole, under the old key or the new one.
     """
-    arriving = gate(uuid, layout)
+    arriving = gate(uuid, transfer, layout)
     case = Case(uuid, property or "", account, layout)
     if property is not None:
         _look_at_memory(layout)
     if arriving is not None:
-        return _open(case, arriving)
-    return _TAKEN[MATRIX[property is not None, _kept(uuid, layout), form(layout.guest_tpm(uuid))]](case)
+        return Start(_unsealed(case, arriving), receives=True)
+    step = MATRIX[property is not None, _kept(uuid, layout), form(layout.guest_tpm(uuid))]
+    return Start(_TAKEN[step](case))
 
 
-def gate(uuid: str, layout: Layout) -> KeyRecord | None:
+def gate(uuid: str, transfer: str, layout: Layout) -> KeyRecord | None:
     """Ask the journal of transfers whether the guest may start here.
 
     Returns:
@@ -144,18 +160,20 @@ def gate(uuid: str, layout: Layout) -> KeyRecord | None:
     from swtpm_prop.transfer.settle import HOOK, Settler
 
     settler = Settler(layout, Journal(layout), HOOK, _reach(layout))
-    arriving = settler.arrive(uuid)
+    newest = settler.journal.of(uuid)[:1]
+    # Another start of the same guest must not pass for the one that receives it, and run while the source's runs.
+    arriving = settler.arrive(uuid) if newest and newest[0].id == transfer else None
     if arriving is None:
         settler.gate(uuid)
     return arriving
 
 
 def _reach(layout: Layout) -> Reach:
-    def report(transfer: Transfer, said: Report) -> Report:
+    def report(known: Transfer, said: Report) -> Report:
         # Imported here: most starts have no peer to ask.
         from swtpm_prop.transfer.speaker import Speaker
 
-        return Speaker(layout).report(transfer, said)
+        return Speaker(layout).report(known, said)
 
     return report
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from swtpm_prop import host_config
 from swtpm_prop.attest import certificates
-from swtpm_prop.domain import stamp
+from swtpm_prop.domain import arrival, stamp
 from swtpm_prop.domain.identity import Identity, identify
 from swtpm_prop.domain.metadata import parse_domain
 from swtpm_prop.errors import DomainError, Error, TransferError
@@ -19,15 +19,18 @@ ELSEWHERE = frozenset({"transfer.unreachable", "transfer.no-key", "transfer.not-
 """Refusals by which a host says no more than that the guest is not there: the next may be asked."""
 
 
-def let_in(xml: bytes, layout: Layout) -> None:
+def let_in(xml: bytes, layout: Layout) -> bytes:
     """Fetch the key of the guest that this domain XML describes, if its key is in custody.
+
+    Returns:
+        The XML that libvirt shall go on with, in which the start that follows finds its transfer; empty: the same.
 
     Raises:
         Error: libvirt must refuse the migration; the guest runs on at the source.
     """
     vtpm = parse_domain(xml)
     if vtpm is None or vtpm.custody is None:
-        return
+        return b""
     if vtpm.migration is None:
         raise DomainError(
             "migration.not-allowed",
@@ -41,7 +44,7 @@ def let_in(xml: bytes, layout: Layout) -> None:
     refused: list[Error] = []
     for there in candidates(identity, config, here):
         try:
-            talk.fetch(
+            transfer = talk.fetch(
                 identity.uuid, vtpm.custody, (there, here), speaker.identity(), host.destination(layout), settler
             )
         except Error as error:
@@ -49,7 +52,7 @@ def let_in(xml: bytes, layout: Layout) -> None:
                 raise
             refused.append(error)
         else:
-            return
+            return arrival.note(xml, transfer.id)
     raise _nowhere(refused)
 
 

@@ -14,18 +14,20 @@ from swtpm_prop.layout import Layout
 
 def prepare(xml: bytes, layout: Layout) -> None:
     """Make the guest's start one with the layer if its XML speaks of us; else no marker may stop its plain start."""
-    uuid, concerned = identify(xml)[:2]
-    if concerned:
+    identity = identify(xml)
+    uuid = identity.uuid
+    if identity.concerned:
         # Imported here because lxml and sqlite3 would double what every other call costs.
         from swtpm_prop.hook.prepare import lay_out
 
-        lay_out(uuid, xml, layout)
+        lay_out(identity, xml, layout)
     else:
         if layout.guest_key(uuid).exists() or (layout.transfers / uuid).exists():
             from swtpm_prop.account import swtpm_account
+            from swtpm_prop.domain.stamp import transfer
             from swtpm_prop.hook.custody import key_for_start
 
-            key_for_start(uuid, None, swtpm_account(layout), layout)
+            key_for_start(uuid, None, transfer(identity), swtpm_account(layout), layout)
         discard(layout.guest_run(uuid))
         layout.guest_marker(uuid).unlink(missing_ok=True)
 
@@ -45,7 +47,7 @@ def migrate(xml: bytes, layout: Layout) -> None:
     if identify(xml).concerned:
         from swtpm_prop.hook.migrate import let_in
 
-        let_in(xml, layout)
+        sys.stdout.buffer.write(let_in(xml, layout))
 
 
 def nothing(_xml: bytes, _layout: Layout) -> None:

@@ -8,11 +8,13 @@ import time
 from pathlib import Path
 
 from swtpm_prop.account import Account, swtpm_account
+from swtpm_prop.domain.identity import Identity
 from swtpm_prop.domain.log import ended_inactive
 from swtpm_prop.domain.metadata import Vtpm, parse_domain
+from swtpm_prop.domain.stamp import transfer
 from swtpm_prop.errors import DomainError, HostError, StoreError
 from swtpm_prop.hook import files
-from swtpm_prop.hook.custody import key_for_start
+from swtpm_prop.hook.custody import Start, gate, key_for_start
 from swtpm_prop.hook.warning import warn
 from swtpm_prop.layout import Layout
 from swtpm_prop.trust.index import Index
@@ -21,7 +23,7 @@ LAYER_VERSION = 1
 """Of layer.json; the layer refuses another."""
 
 
-def lay_out(uuid: str, xml: bytes, layout: Layout) -> None:
+def lay_out(identity: Identity, xml: bytes, layout: Layout) -> None:
     """Make the start of the guest, whose domain XML speaks of us, one with the layer.
 
     Raises:
@@ -36,15 +38,23 @@ def lay_out(uuid: str, xml: bytes, layout: Layout) -> None:
         )
     _look_at_path(layout)
     _look_at_index(layout)
-    account = swtpm_account(layout)
+    account, uuid = swtpm_account(layout), identity.uuid
     banks = ",".join(algorithm.name for algorithm in vtpm.all_banks())
-    key = None if vtpm.encrypted else key_for_start(uuid, vtpm.custody, account, layout)
-    if _needs_activation(uuid, vtpm, banks, layout):
+    start = _start(identity, vtpm, account, layout)
+    if not start.receives and _needs_activation(uuid, vtpm, banks, layout):
         # Imported here because it is seldom needed and costs a quarter of this call.
         from swtpm_prop.hook.activate import activate
 
-        activate(layout.guest_tpm(uuid), banks, key, account, layout)
-    _write(uuid, banks, _layer(uuid, vtpm, layout), key, account, layout)
+        activate(layout.guest_tpm(uuid), banks, start.key, account, layout)
+    _write(uuid, banks, _layer(uuid, vtpm, layout), start.key, account, layout)
+
+
+def _start(identity: Identity, vtpm: Vtpm, account: Account, layout: Layout) -> Start:
+    if vtpm.encrypted:
+        # libvirt has the key; the guest may have been in custody before, and have left.
+        gate(identity.uuid, "", layout)
+        return Start(None)
+    return key_for_start(identity.uuid, vtpm.custody, transfer(identity), account, layout)
 
 
 def _look_at_path(layout: Layout) -> None:

@@ -17,7 +17,10 @@ import pytest
 from swtpm_prop.custody import keys, opening, recovery, state
 from swtpm_prop.custody.form import PERMANENT, Form, form
 from swtpm_prop.custody.keys import KeyRecord, migration_key
+from swtpm_prop.domain.arrival import note
 from swtpm_prop.hook.custody import MATRIX, Kept, Step
+from swtpm_prop.transfer.journal import Journal, Transfer
+from swtpm_prop.transfer.machine import Side, State
 from tests.custodian import APPROVED, OTHER, UUID, Authority, CustodyHost, domain, make_state, memory_directory
 from tests.hardware import HardwareTpm
 
@@ -336,6 +339,66 @@ def test_the_property_bank_is_activated_in_an_encrypted_state(host: CustodyHost,
     assert form(directory) is Form.ENCRYPTED
     assert (directory / PERMANENT).read_bytes() != converted
     assert state.opens(state.place(UUID, host.account, host.layout), handed_over(host))
+
+
+# -- transfers ------------------------------------------------------------------------------------
+
+ID = "5e" * 16
+
+
+def began(host: CustodyHost, side: Side, state: State, key: str = "") -> None:
+    Journal(host.layout).begin(Transfer(ID, side, state, UUID, 0, "other", "127.0.0.1:1", key=key))
+
+
+def arrived(host: CustodyHost) -> bytes:
+    """A key came from another host, and libvirt is about to start what receives the guest."""
+    with opening.hardware(host.layout) as tpm:
+        record, key = opening.create(UUID, APPROVED, tpm, host.layout)
+    began(host, Side.DESTINATION, State.IMPORTED, keys.serialise(record._replace(epoch=1, encrypted=True)).decode())
+    return key
+
+
+def test_the_start_that_receives_a_guest_gets_the_key_that_came_once(
+    host: CustodyHost, directory: Path, plain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(directory, plain.read_bytes(), host)  # of an earlier stay
+    key = arrived(host)
+    xml = note(domain(migration=True), ID)
+    assert host.hook("prepare", xml) == 0
+    assert handed_over(host) == key
+    assert keys.load(UUID, host.layout) is None
+    (known,) = Journal(host.layout).of(UUID)
+    assert known.state is State.ARRIVING
+    assert host.hook("prepare", xml) == 1
+    assert said(capsys) == "transfer.undecided"
+
+
+def test_an_ordinary_start_does_not_pass_for_the_one_that_receives_the_guest(
+    host: CustodyHost, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrived(host)
+    for xml in (domain(migration=True), note(domain(migration=True), "00" * 16)):
+        assert host.hook("prepare", xml) == 1
+        assert handed_over(host) is None
+        assert said(capsys).startswith("transfer.")
+        (known,) = Journal(host.layout).of(UUID)
+        assert known.state is State.CANCELLED
+        Journal(host.layout).remove(known)
+        arrived(host)
+
+
+@pytest.mark.parametrize("custody", [APPROVED, None])
+@pytest.mark.parametrize("opted_in", [True, False])
+@pytest.mark.parametrize(("moved", "id"), [(State.RELEASED, "transfer.elsewhere"), (State.MOVED, "transfer.undecided")])
+def test_a_guest_that_went_elsewhere_does_not_start_whatever_its_metadata_says_now(
+    host: CustodyHost, capsys: pytest.CaptureFixture[str], custody: str | None, opted_in: bool, moved: State, id: str
+) -> None:
+    host.hook("prepare", domain(migration=True))
+    host.hook("release", domain(migration=True))
+    began(host, Side.SOURCE, moved)
+    assert host.hook("prepare", domain(custody, opted_in=opted_in)) == 1
+    assert said(capsys) == id
+    assert not host.layout.guest_run(UUID).exists()
 
 
 # -- recovery -------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from swtpm_prop.domain.arrival import note
 from swtpm_prop.domain.identity import identify
 from swtpm_prop.domain.metadata import parse_domain
-from swtpm_prop.domain.stamp import Stamp, read, to_xml
+from swtpm_prop.domain.stamp import Stamp, read, to_xml, transfer
 
 UUID = "aaaaaaaa-0000-4000-8000-000000000001"
 STAMP = "<a:agent xmlns:a='urn:swtpm-prop:agent:1' endpoint='{}' host='{}'/>"
@@ -63,3 +64,23 @@ def test_another_namespace_of_ours_is_still_noticed() -> None:
 def test_the_name_is_the_domains_own() -> None:
     named = domain(elsewhere="<name>a&amp;b\t..</name><x><name>no</name></x>")
     assert identify(named).name == "a&b\t.."
+
+
+VTPM = (
+    "<p:vtpm xmlns:p='urn:swtpm-prop:domain:1'><p:bank algorithm='sha384' pcrs='4'>"
+    "<p:property uri='https://example.org/a'/></p:bank></p:vtpm>"
+)
+TPM = "<devices><tpm><backend type='emulator' version='2.0'/></tpm></devices>"
+
+
+@pytest.mark.parametrize("stamps", ["", STAMP.format("alpha:4879", "alpha"), STAMP.format("alpha:4879", "alpha") * 2])
+def test_a_transfer_is_noted_in_it_and_nothing_else_changes(stamps: str) -> None:
+    xml = domain("<x:y xmlns:x='urn:x' a='&lt;ü'>&amp;</x:y>", VTPM, stamps, elsewhere=TPM)
+    noted = note(xml, "ab" * 16)
+    assert transfer(identify(xml)) == ""
+    assert transfer(identify(noted)) == "ab" * 16
+    assert transfer(identify(note(noted, "cd" * 16))) == "cd" * 16
+    assert read(identify(noted)) == (Stamp("alpha:4879", "alpha") if stamps else None)
+    assert parse_domain(noted) == parse_domain(xml)
+    assert '<x:y xmlns:x="urn:x" a="&lt;ü">&amp;</x:y>' in noted.decode()
+    assert TPM.replace("'", '"') in noted.decode()
