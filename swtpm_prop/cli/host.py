@@ -93,11 +93,12 @@ def enroll(
         trusted = read_file(ca or layout.fleet_ca, FLEET_CERTIFICATE_BYTES)
         with tpm(layout) as hardware:
             joined = membership.join(hardware, layout, read_file(answer, _NEWS_BYTES), trusted, int(time.time()))
+            epoch = hardware.epoch()
         ends = format_time(joined.not_after)
         if as_json:
-            output.print_json({"host": joined.host, "notAfter": ends})
+            output.print_json({"host": joined.host, "notAfter": ends, "epoch": epoch})
         else:
-            click.echo(f"this host is '{joined.host}' of its fleet until {ends}")
+            click.echo(f"this host is '{joined.host}' of its fleet until {ends}; its TPM is in epoch {epoch}")
 
 
 @command.command()

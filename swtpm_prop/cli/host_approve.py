@@ -18,7 +18,7 @@ from swtpm_prop.cli.host_tpm import chosen_pcrs, event_log_option, pcrs_option, 
 from swtpm_prop.cli.install import root_option
 from swtpm_prop.custody import approvals
 from swtpm_prop.custody.approvals import ApprovalList
-from swtpm_prop.errors import HostError, TrustError, UsageError
+from swtpm_prop.errors import HostError, TrustError, UsageError, printable
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import APPROVAL_LIST_BYTES, EVENT_LOG_BYTES, FLEET_CERTIFICATE_BYTES, REVOCATIONS_BYTES
 from swtpm_prop.tpm.eventlog import Event
@@ -37,11 +37,13 @@ class State(NamedTuple):
 
     Attributes:
         host: where it was seen; empty: here.
+        epoch: of that host's TPM.
         pcrs: PCR to its SHA-256 value.
         events: what made them; None if there is no event log.
     """
 
     host: str
+    epoch: int
     pcrs: Mapping[int, bytes]
     events: tuple[Event, ...] | None
 
@@ -135,9 +137,9 @@ def revoke(
 def _state_here(layout: Layout, pcrs: str | None, event_log: Path | None) -> State:
     config = host_config.load(layout.host).tpm
     with tpm(layout) as hardware:
-        values = hardware.pcrs(chosen_pcrs(pcrs, config))
+        values, epoch = hardware.pcrs(chosen_pcrs(pcrs, config)), hardware.epoch()
     log = read_event_log(event_log, config)
-    return State("", values, report.measured(log, values) if log else None)
+    return State("", epoch, values, report.measured(log, values) if log else None)
 
 
 def _state_there(file: Path, layout: Layout, ca: Path | None, crl: Path | None, pcrs: str | None) -> State:
@@ -150,7 +152,7 @@ def _state_there(file: Path, layout: Layout, ca: Path | None, crl: Path | None, 
     if missing:
         raise UsageError("usage.pcrs", f"the evidence does not show PCR {missing[0]}", "have it made with --pcrs there")
     events = None if shown.events is None else report.of_pcrs(shown.events, chosen)
-    return State(shown.host.host, {number: values[number] for number in chosen}, events)
+    return State(shown.host.host, shown.host.epoch, {number: values[number] for number in chosen}, events)
 
 
 def _check_explained(state: State, without_event_log: bool) -> None:
@@ -163,7 +165,8 @@ def _check_explained(state: State, without_event_log: bool) -> None:
 
 
 def _show(state: State, property: str) -> None:
-    click.secho(f"{state.host or 'This host'}, for '{property}':", bold=True)
+    where = printable(state.host) or "This host"
+    click.secho(f"{where}, in epoch {state.epoch}, for '{printable(property)}':", bold=True)
     output.table(("PCR", "SHA-256"), [(str(number), value.hex()) for number, value in sorted(state.pcrs.items())])
     if state.events is not None:
         click.echo()
