@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from fleet_ca import BINDING, HOST, NOW, PCRS, Ca, ak_key, enrolled, made, sign_in_software
 from hardware import HardwareTpm
@@ -23,7 +25,7 @@ from tpm2_pytss.types import (
     TPMT_SIG_SCHEME,
 )
 
-from swtpm_prop.attest import evidence, tpm_keys
+from swtpm_prop.attest import certificates, evidence, tpm_keys
 from swtpm_prop.attest.certificates import Kind
 from swtpm_prop.attest.evidence import Evidence, Verified
 from swtpm_prop.custody.hardware import AK_HANDLE, Hardware
@@ -121,6 +123,21 @@ def test_measurements_meanwhile_are_quoted_again(tpm: HardwareTpm, keys: Path) -
         hardware.quote = disturb  # type: ignore[method-assign,assignment]
         assert verify(evidence.make(hardware, keys, BINDING, PCRS)).host == HOST
     assert disturbed
+
+
+def test_another_verifier_agrees(good: Evidence, tmp_path: Path) -> None:
+    """tpm2_checkquote takes our quote for what we say it is, and only over our question."""
+    key = certificates.read(good.ak_certificate).key
+    pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    for name, data in (("ak", pem), ("attest", good.quote.attest), ("signature", good.quote.signature)):
+        (tmp_path / name).write_bytes(data)
+
+    def check(binding: bytes) -> int:
+        words = ("tpm2_checkquote", "-u", "ak", "-m", "attest", "-s", "signature", "-g", "sha256", "-q", binding.hex())
+        return subprocess.run(words, cwd=tmp_path, capture_output=True).returncode
+
+    assert check(BINDING) == 0
+    assert check(bytes(32)) != 0
 
 
 # -- step 1 and 2: whose attestation key --------------------------------------------------------
