@@ -35,7 +35,8 @@ class State(StrEnum):
     LEFT = "left"  # that process is gone, and nobody saw whether the guest had run in it
     ACTIVATED = "activated"  # the guest ran here: this host has it
     CLAIMED = "claimed"  # as activated, by an operator's word
-    OVERRULED = "overruled"  # the source has the guest after all; a process of it here must go
+    REJECTED = "rejected"  # the source has the guest; the process that should receive it here must go
+    OVERRULED = "overruled"  # the guest ran here, and an operator at the source says that it is there
     # Either's.
     CANCELLED = "cancelled"  # the guest stays with the source; the peer is not known to know
     CLOSED = "closed"  # the same, and the peer knows
@@ -137,6 +138,7 @@ SOURCE: dict[State, dict[Event, Step]] = {
         E.PEER_UNKNOWN: Step(S.CLOSED),
     },
     S.KEPT: {
+        E.THERE: Step(S.MOVED),
         E.SUPERSEDE: Step(S.CLOSED),
         E.PEER_CANCELLED: Step(S.CLOSED),
         E.PEER_UNKNOWN: Step(S.CLOSED),
@@ -164,8 +166,8 @@ DESTINATION: dict[State, dict[Event, Step]] = {
         E.NEVER_RAN: Step(S.CANCELLED, (A.FORGET_KEY,)),
         E.PEER_MOVED: Step(S.ACTIVATED, (A.ADOPT_KEY,)),
         E.PEER_RELEASED: Step(S.ACTIVATED, (A.ADOPT_KEY,)),
-        E.PEER_CANCELLED: Step(S.OVERRULED, (A.HALT,)),
-        E.PEER_KEPT: Step(S.OVERRULED, (A.HALT,)),
+        E.PEER_CANCELLED: Step(S.REJECTED, (A.HALT,)),
+        E.PEER_KEPT: Step(S.REJECTED, (A.HALT,)),
     },
     S.LEFT: {
         E.NEVER_RAN: Step(S.CANCELLED, (A.FORGET_KEY,)),
@@ -176,21 +178,26 @@ DESTINATION: dict[State, dict[Event, Step]] = {
         E.HERE: Step(S.CLAIMED, (A.ADOPT_KEY,)),
         E.THERE: Step(S.CANCELLED, (A.FORGET_KEY,)),
     },
+    S.REJECTED: {
+        E.RUNS: Step(S.REJECTED, (A.HALT,)),
+        E.GONE: Step(S.CLOSED, (A.FORGET_KEY,)),
+        E.NEVER_RAN: Step(S.CLOSED, (A.FORGET_KEY,)),
+    },
+    # From here on nothing the source says ends the guest or destroys its key: it may be the host that was fled from.
     S.ACTIVATED: {
         E.PEER_RELEASED: Step(S.SETTLED),
         E.PEER_UNKNOWN: Step(S.SETTLED),
-        E.PEER_CANCELLED: Step(S.OVERRULED, (A.HALT,)),
-        E.PEER_KEPT: Step(S.OVERRULED, (A.HALT,)),
+        E.PEER_CANCELLED: Step(S.OVERRULED),
+        E.PEER_KEPT: Step(S.OVERRULED),
     },
     S.CLAIMED: {
         E.PEER_RELEASED: Step(S.SETTLED),
         E.PEER_UNKNOWN: Step(S.SETTLED),
-        E.PEER_KEPT: Step(S.OVERRULED, (A.HALT,)),
+        E.PEER_KEPT: Step(S.OVERRULED),
     },
     S.OVERRULED: {
-        E.RUNS: Step(S.OVERRULED, (A.HALT,)),
-        E.GONE: Step(S.CLOSED, (A.FORGET_KEY,)),
-        E.NEVER_RAN: Step(S.CLOSED, (A.FORGET_KEY,)),
+        E.HERE: Step(S.CLAIMED, (A.ADOPT_KEY,)),
+        E.THERE: Step(S.CANCELLED, (A.FORGET_KEY,)),
     },
     S.CANCELLED: {
         E.PEER_CANCELLED: Step(S.CLOSED, (A.FORGET_KEY,)),
@@ -225,6 +232,7 @@ GATES: dict[Side, dict[State, Gate]] = {
         S.LEFT: Gate.ASK_THEN_REFUSE,
         S.ACTIVATED: Gate.ASK_THEN_START,
         S.CLAIMED: Gate.ASK_THEN_START,
+        S.REJECTED: Gate.REFUSE,
         S.OVERRULED: Gate.REFUSE,
         S.CANCELLED: Gate.REFUSE,
         S.CLOSED: Gate.REFUSE,
@@ -236,7 +244,7 @@ GATES: dict[Side, dict[State, Gate]] = {
 UNFINISHED = {
     Side.SOURCE: frozenset({S.OFFERED, S.MOVED, S.YIELDED, S.CANCELLED, S.KEPT}),
     Side.DESTINATION: frozenset(
-        {S.ASKED, S.IMPORTED, S.ARRIVING, S.LEFT, S.ACTIVATED, S.CLAIMED, S.OVERRULED, S.CANCELLED}
+        {S.ASKED, S.IMPORTED, S.ARRIVING, S.LEFT, S.ACTIVATED, S.CLAIMED, S.REJECTED, S.OVERRULED, S.CANCELLED}
     ),
 }
 """States in which this side still has something to learn or to tell."""
@@ -298,12 +306,16 @@ _HEARD: dict[Side, dict[State, Event]] = {
 def learn(side: Side, word: State | None, presence: Presence) -> tuple[Event, ...]:
     """The events of one exchange with the peer: its word, and what can be seen here at that time.
 
-    A guest that is here while the peer's process is gone for good has stayed, however the migration went.
+    A source hears first: a guest that it has yielded may be gone. A destination sees first: a guest that runs is its
+    own, whatever the source says. A guest that is here while the peer's process is gone for good has stayed, however
+    its migration went.
     """
-    events = [event for event in (heard(side, word),) if event]
-    if side is Side.SOURCE and presence is Presence.RUNS and word in (None, S.LEFT):
-        events.append(E.STAYED)
-    return (*events, *seen(presence))
+    said = [event for event in (heard(side, word),) if event]
+    if side is Side.DESTINATION:
+        return (*seen(presence), *said)
+    if presence is Presence.RUNS and word in (None, S.LEFT):
+        said.append(E.STAYED)
+    return (*said, *seen(presence))
 
 
 def seen(presence: Presence) -> tuple[Event, ...]:

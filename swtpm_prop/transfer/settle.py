@@ -193,7 +193,7 @@ class Settler:
             By transfer, what its peer said last; None: it did not answer. Transfers that need no peer are not there.
 
         Raises:
-            TransferError: the journal cannot be used.
+            TransferError: the journal cannot be used; ``transfer.action``: something could not be done, and stays due.
         """
         answers: dict[str, Report | None] = {}
         transfers = self.journal.of(uuid)
@@ -202,6 +202,8 @@ class Settler:
                 answers |= self._settle(transfer)
         if transfers:
             with self.journal.locked(uuid):
+                for transfer in self.journal.of(uuid):
+                    self._do_due(transfer)
                 self.journal.prune(uuid)
         return answers
 
@@ -255,7 +257,7 @@ class Settler:
                 f"nothing is to be said: this host is the {transfer.side}, the transfer is {transfer.state}",
                 f"'swtpm-prop transfer show {transfer.uuid}' tells where the guest is",
             )
-        if here and answer is not None and answer.state in _THERE:
+        if here and answer is not None and answer.state in _THERE[transfer.side]:
             raise TransferError(
                 "transfer.runs-there",
                 f"host '{transfer.peer}' answers that the guest is there ({answer.state})",
@@ -438,6 +440,12 @@ def _elsewhere(transfer: Transfer) -> TransferError:
             f"the guest was migrating, and whether host '{peer}' has it only that host can tell",
             f"bring the agent of '{peer}' back; or, if the guest neither runs nor will run there: '{command} {word}'",
         )
+    if transfer.state is State.OVERRULED:
+        return TransferError(
+            "transfer.elsewhere",
+            f"an operator at host '{peer}' has said that the guest is there",
+            f"'{command} --there' here if so; if not, '{command} --there' on '{peer}' and '{command} --here' here",
+        )
     return TransferError(
         "transfer.elsewhere",
         f"the guest is on host '{peer}' ({transfer.state})",
@@ -461,8 +469,11 @@ def _open(transfer: Transfer) -> TransferError:
     )
 
 
-_THERE = (State.ARRIVING, State.ACTIVATED, State.CLAIMED, State.SETTLED)
-"""What a destination says of a guest that is there."""
+_THERE = {
+    Side.SOURCE: (State.ARRIVING, State.ACTIVATED, State.CLAIMED, State.SETTLED),
+    Side.DESTINATION: (State.CANCELLED, State.KEPT, State.CLOSED),
+}
+"""What a peer says of a guest that is there; by the side of this host."""
 
 _TELLING = {
     Side.SOURCE: (State.OFFERED, State.MOVED, State.CANCELLED, State.KEPT),

@@ -226,13 +226,19 @@ def test_an_operator_at_a_host_whose_peer_is_dead(a: SimulatedHost, b: Simulated
     b.seen = Presence.GONE
     network.down.clear()
     assert not b.start()
+    assert (a.states(), b.states()) == (["kept"], ["overruled"])
+    assert "--there" in refused(b).mend
+    # It keeps its key until somebody says so there.
+    assert b.opens
+    with pytest.raises(TransferError) as caught:
+        b.agent.resolve(UUID, here=True)
+    assert caught.value.id == "transfer.runs-there"
+    b.agent.resolve(UUID, here=False)
     assert not b.opens
-    assert (a.states(), b.states()) == (["kept"], ["closed"])
-    a.agent.settle(UUID)
-    assert a.states() == ["closed"]
+    assert (a.states(), b.states()) == (["closed"], ["closed"])
 
 
-def test_a_guest_that_an_operator_forgot_there_is_paused(a: SimulatedHost, b: SimulatedHost, network: Network) -> None:
+def test_an_operator_can_take_it_back(a: SimulatedHost, b: SimulatedHost, network: Network) -> None:
     hand_over(a, b, ONE)
     b.hook.arrive(UUID)
     switch_over(a, b)
@@ -240,11 +246,31 @@ def test_a_guest_that_an_operator_forgot_there_is_paused(a: SimulatedHost, b: Si
     network.down.add("b")
     a.agent.resolve(UUID, here=True)
     network.down.clear()
+    b.agent.settle(UUID)
+    # It was a mistake: the guest ran there all the time, and runs on.
+    assert (a.states(), b.states()) == (["kept"], ["overruled"])
+    assert b.halted == 0
+    a.agent.resolve(UUID, here=False)
+    b.agent.resolve(UUID, here=True)
+    a.agent.settle(UUID)
+    b.agent.settle(UUID)
+    assert (a.states(), b.states()) == (["released"], ["settled"])
+    assert b.opens
+    assert not a.opens
+
+
+def test_a_guest_that_still_arrives_where_it_may_not_is_ended(a: SimulatedHost, b: SimulatedHost) -> None:
+    hand_over(a, b, ONE)
+    b.hook.arrive(UUID)
+    b.seen = Presence.PRESENT
+    a.agent.observe(UUID, Event.STAYED)
     a.agent.settle(UUID)
     assert b.halted
-    assert b.states() == ["overruled"]
-    b.seen = Presence.GONE
-    assert not b.start()
+    b.agent.settle(UUID)
+    assert (a.states(), b.states()) == (["closed"], ["closed"]) or a.states() == ["cancelled"]
+    assert not b.opens
+    a.agent.settle(UUID)
+    assert a.states() == ["closed"]
 
 
 def test_a_guest_that_libvirt_runs_twice_is_paused_where_it_left(a: SimulatedHost, b: SimulatedHost) -> None:
