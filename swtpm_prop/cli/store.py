@@ -155,7 +155,7 @@ def _verified(files: Iterator[Path], trust: Trust, notes: list[tuple[Path, Trust
     if refused:
         raise TrustError(
             "trust.refused",
-            f"{refused} of the certificates do not verify; the index stays as it was",
+            f"certificates that do not verify: {refused}; the index stays as it was",
             "remove or replace them",
         )
 
@@ -171,7 +171,7 @@ def _report(doing: str, _done: int) -> None:
 _MENDS = {
     "unknown": "have it certified, or bring the index up to date with store sync or store build",
     "mismatch": "that certificate is wrong about this file: have it revoked and a new one issued",
-    "below-floor": "put a newer version there; which one is too old, the trust file and the store say",
+    "below-floor": "put a newer version there; the lowest that counts, the trust file and the store say",
     "property": "have it certified for that property too, or ask for one that the certificates below name",
     "expired": "have it certified anew; if that is done, fetch the new certificate with store sync or store build",
     "not-yet-valid": "wait until then; if this moment is past, set the clock of this host",
@@ -202,19 +202,21 @@ def _measurements(what: str) -> list[tuple[str, Mapping[str, bytes]]]:
 
 
 def _answer(index: Index, name: str, measured: Mapping[str, bytes], properties: Sequence[str]) -> dict[str, Any]:
-    """One verdict; without properties, whether any certificate covers the measurement now, whatever it certifies."""
+    """One verdict; without properties, whether there is any that certificates give it now, and why not the others."""
     now = int(time.time())
-    matches = index.matches(measured)
-    covering = [claim for claim, covered in matches if covered]
-    asked = [tuple(properties)] if properties else [(uri,) for claim in covering for uri in claim.properties]
-    verdicts = [index.judge(uris, measured, now) for uris in asked or [("",)]]
+    covering = [claim for claim, covered in index.matches(measured) if covered]
+    spoken = sorted({uri for claim in covering for uri in claim.properties})
+    asked = [tuple(properties)] if properties else [(uri,) for uri in spoken or [""]]
+    verdicts = [index.judge(uris, measured, now) for uris in asked]
     verdict = next((found for found in verdicts if found.certified), verdicts[0])
+    refusals = dict.fromkeys((found.reason, found.detail) for found in verdicts if not found.certified)
     return {
         "measured": name,
         "digests": {algorithm: digest.hex() for algorithm, digest in measured.items()},
         "certified": verdict.certified,
         "reason": verdict.reason,
         "detail": verdict.detail,
+        "refusals": [{"reason": reason, "detail": detail} for reason, detail in refusals],
         "certificates": [_claim(claim) for claim in covering],
     }
 
@@ -238,18 +240,16 @@ def _summary(summary: Summary) -> dict[str, Any]:
 def _print_answer(answer: Mapping[str, Any]) -> None:
     if answer["certified"]:
         click.secho(f"{answer['measured']}: certified", fg="green")
-    else:
-        click.echo(
-            Error(
-                answer["reason"],
-                f"{answer['measured']}: not certified, {answer['detail']}",
-                _MENDS[answer["reason"]],
-            ).line()
-        )
+    for one in answer["refusals"]:
+        what = f"{answer['measured']}: not certified, {one['detail']}"
+        click.echo(Error(one["reason"], what, _MENDS[one["reason"]]).line())
     if answer["certificates"]:
         _print_claims(answer["certificates"])
 
 
 def _print_claims(claims: Sequence[Mapping[str, Any]]) -> None:
-    rows = [(c["id"], c["issuer"], c["notAfter"], " ".join(c["properties"])) for c in claims]
-    output.table(("Certificate", "Issuer", "Valid until", "Properties"), rows)
+    rows = [
+        (c["id"], c["issuer"], c["notAfter"], c.get("component", ""), c.get("version", ""), " ".join(c["properties"]))
+        for c in claims
+    ]
+    output.table(("Certificate", "Issuer", "Valid until", "Component", "Version", "Properties"), rows)

@@ -13,8 +13,8 @@ from typing import Any
 import click
 from tuf.api.metadata import Metadata, Root
 
-from swtpm_prop.cli import output, store_news
-from swtpm_prop.errors import TrustError, UsageError, printable
+from swtpm_prop.cli import output, passphrase, store_news
+from swtpm_prop.errors import TrustError, UsageError
 from swtpm_prop.limits import CERTIFICATE_BYTES, OFFLINE_NOTICE
 from swtpm_prop.trust import certificate, floors, signers
 from swtpm_prop.trust.certificate import format_time
@@ -94,9 +94,9 @@ def add(directory: Path, files: tuple[Path, ...], as_json: bool) -> None:
         output.print_json({"added": new, "editions": editions})
         return
     if certificates:
-        click.echo(f"{new} new certificates wait for 'store publish'; {len(certificates) - new} were there")
+        click.echo(f"new certificates: {new}, there already: {len(certificates) - new}; next is 'store publish'")
     if news:
-        click.echo(f"{editions} new lists wait for 'store publish'; {len(news) - editions} were there")
+        click.echo(f"new lists: {editions}, there already: {len(news) - editions}; next is 'store publish'")
 
 
 @click.command()
@@ -151,26 +151,27 @@ def remove(directory: Path, certificates: tuple[str, ...], as_json: bool) -> Non
     if as_json:
         output.print_json({"removed": gone})
         return
-    click.echo(f"{len(gone)} certificates are gone with the next 'store publish'")
+    click.echo(f"gone with the next 'store publish': {len(gone)}")
 
 
 @click.command()
 @_store
 @click.option("--key", "names", multiple=True, metavar="PEM|URI", help="A private key, e.g. hsm:2?label=X; repeatable.")
+@passphrase.option
 @output.json_option
-def publish(directory: Path, names: tuple[str, ...], as_json: bool) -> None:
+def publish(directory: Path, names: tuple[str, ...], passphrase_file: Path | None, as_json: bool) -> None:
     """Sign with these keys, and publish what then has enough signatures; the timestamp each time.
 
     Holders of different keys run it one after the other. Exit status 1 while signatures are missing.
     """
-    done = Publisher(directory).publish(names, cache(_ask), _now())
+    done = Publisher(directory).publish(names, cache(passphrase.ask(passphrase_file)), _now())
     if as_json:
         ends = {role: format_time(end) for role, end in done.expires.items()}
         output.print_json({**done._asdict(), "missing": [one._asdict() for one in done.missing], "expires": ends})
     else:
         if done.written:
             click.secho(
-                f"published {done.certificates} certificates ({done.added} new, {done.removed} gone): "
+                f"published certificates: {done.certificates} ({done.added} new, {done.removed} gone), in "
                 + " ".join(done.written),
                 fg="green",
             )
@@ -234,11 +235,6 @@ def _id(name: str) -> str:
         ) from error
 
 
-def _ask(secret: str) -> str:
-    answer: str = click.prompt(printable(secret), hide_input=True, err=True)
-    return answer
-
-
 def _now() -> datetime:
     return datetime.now(UTC)
 
@@ -265,11 +261,11 @@ def _show_root(drafted: Metadata[Root], as_json: bool) -> None:
 
 def _show_revocation(done: Revocation) -> None:
     gone = (*done.revoked, *done.covering)
-    click.echo(f"{len(gone)} certificates are revoked with the next 'store publish'")
+    click.echo(f"revoked with the next 'store publish': {len(gone)}")
     for id in gone:
         click.echo(f"  {id}")
     if done.limited:
-        click.echo(f"{len(done.limited)} stay, for what the floor leaves of them")
+        click.echo(f"stay, for what the floor leaves of them: {len(done.limited)}")
         for id in done.limited:
             click.echo(f"  {id}")
     for id in done.covering:

@@ -57,8 +57,8 @@ def _print(done: Outcome, installed: Sequence[str]) -> None:
     for target, error in done.refused:
         click.secho(Error(error.id, f"left out {target}: {error.what}", error.mend).line(), fg="red", err=True)
     click.echo(
-        f"{done.added} certificates came, {done.removed} went, {done.summary.certificates} hold"
-        f" {done.summary.entries} entries; guests believe them until {format_time(done.summary.expires)}"
+        f"certificates: {done.summary.certificates} ({done.added} came, {done.removed} went),"
+        f" entries: {done.summary.entries}; guests believe them until {format_time(done.summary.expires)}"
     )
     for what in installed:
         click.echo(printable(what))

@@ -75,11 +75,13 @@ def joined(*several: Floors) -> Floors:
 
 def below(floors: Floors, component: str, version: str, properties: Sequence[str]) -> dict[str, str]:
     """Those of the properties that this version of the component is too old for, each with the version it needs."""
-    limits = floors.get(component)
-    if not limits:
-        return {}
-    needed = {uri: [limits[each] for each in (ALL, uri) if each in limits] for uri in properties}
-    return {uri: missed[-1] for uri, all in needed.items() if (missed := [b for b in all if not reaches(version, b)])}
+    limits = floors.get(component, {})
+    low = {}
+    for uri in properties:
+        missed = [limits[each] for each in (ALL, uri) if each in limits and not reaches(version, limits[each])]
+        if missed:
+            low[uri] = missed[0] if reaches(missed[0], missed[-1]) else missed[-1]
+    return low
 
 
 @lru_cache(maxsize=4096)  # Thousands of subjects have the same few versions.

@@ -222,7 +222,7 @@ class Index:
             raise _damaged(str(error)) from error
 
     def claims(self) -> Iterator[tuple[Claim, int]]:
-        """Every certificate and how many entries it has, by id.
+        """Every certificate and how many entries it has, by id; with component and version if it has but one of them.
 
         Raises:
             StoreError: ``store.index-corrupt``.
@@ -230,8 +230,9 @@ class Index:
         counts: dict[str, tuple[Claim, int]] = {}
         try:
             for at, count in self._connection().execute("SELECT part, count(*) FROM entry GROUP BY 1"):
-                whole = Claim(*self._claim(at)[:5])
-                counts[whole.id] = whole, counts.get(whole.id, (whole, 0))[1] + count
+                claim = self._claim(at)
+                known, counted = counts.get(claim.id, (claim, 0))
+                counts[claim.id] = claim if claim == known else Claim(*claim[:5]), counted + count
         except _FAULTS as error:
             raise _damaged(str(error)) from error
         yield from (counts[id] for id in sorted(counts))

@@ -312,7 +312,7 @@ class Publisher:
             return _read(file)
         except TrustError as error:
             mend = f"take it out: swtpm-prop store remove {self.directory} {file}"
-            raise StoreError("store.certificate-malformed", f"it is no certificate: {error.what}", mend) from error
+            raise StoreError("store.certificate-malformed", error.what, mend) from error
 
     def _wanted(self, before: Collection[str]) -> Wanted:
         """What shall be published. What was before has been looked at; what is new may have come past `add`."""

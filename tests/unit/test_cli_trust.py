@@ -170,6 +170,18 @@ def test_stats(here: Path) -> None:
     assert ISSUER in run(store.command, "stats", "--index", "index.sqlite").output
 
 
+def test_stats_name_the_component_of_a_certificate_that_has_but_one(here: Path) -> None:
+    linux = subject(b"kernel")._replace(annotations={"component": "linux", "version": "6.1-1"})
+    (here / "certs").mkdir()
+    for name, subjects in (("one", [linux]), ("two", [linux, subject(b"other")])):
+        (here / f"certs/{name}.json").write_bytes(issue(*subjects, begins=0, ends=4_000_000_000))
+    assert build("certs").exit_code == 0
+    stats = json.loads(run(store.command, "stats", "--index", "index.sqlite", "--json").output)
+    named = {one["entries"]: (one.get("component"), one.get("version")) for one in stats["list"]}
+    assert named == {1: ("linux", "6.1-1"), 2: (None, None)}
+    assert " linux      6.1-1 " in run(store.command, "stats", "--index", "index.sqlite").output
+
+
 def test_passphrases_come_from_a_prompt_or_a_file_never_from_the_command_line(here: Path) -> None:
     (here / "key.pem").write_bytes(private_pem(ED25519, b"secret"))
     (here / "word").write_text("secret\n")

@@ -91,6 +91,11 @@ def test_a_floor_without_properties_is_for_every_one(path: Path) -> None:
     assert verdicts(path, OLD) == (LOW, LOW)
 
 
+@pytest.mark.parametrize("limits", [{ALL: "5.9", BOOT: "6.1.153-1"}, {ALL: "6.1.153-1", BOOT: "5.9"}])
+def test_the_version_that_is_needed_is_the_highest_of_all_floors(limits: dict[str, str]) -> None:
+    assert floors.below({"linux": limits}, "linux", "5.8", [BOOT]) == {BOOT: "6.1.153-1"}
+
+
 @pytest.mark.parametrize("version", [None, "", "no version", "1~rc1", "9_9"])
 def test_what_has_no_version_is_below_every_floor(path: Path, version: str | None) -> None:
     built(path, issued(linux(OLD, version), properties=(BOOT, LAX)))
@@ -231,6 +236,11 @@ def test_a_host_without_a_store_has_floors_in_its_trust_file(tmp_path: Path, mon
     (found,) = json.loads(run("lookup", "kernel", "--index", "i", "--json").stdout)
     assert found["certified"], "for the other property"
     assert found["certificates"][0]["belowFloor"] == {BOOT: "6.1.153-1"}
+    everything = run("lookup", "kernel", "--index", "i")
+    assert everything.exit_code == 0
+    assert everything.stdout.splitlines()[0] == "plain hash: certified"
+    assert f"the lowest for {BOOT} [below-floor]" in everything.stdout.splitlines()[1]
+    assert [each["reason"] for each in found["refusals"]] == ["below-floor"]
     assert json.loads(run("stats", "--index", "i", "--json").stdout)["floors"] == {
         "linux": {ALL: "5.10", BOOT: "6.1.153-1"}
     }

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 from certifier import ED25519, P256, digests_of, issue, private_pem, public_pem, trust_text
 from click.testing import CliRunner, Result
-from storekeeper import Follower, Keeper, certificate, interrupt, kill, no_space, quiet
+from storekeeper import ALL, Follower, Keeper, certificate, interrupt, kill, no_space, quiet
 
 from swtpm_prop.cli.store import command
 from swtpm_prop.errors import Error, TrustError
 from swtpm_prop.trust import certificate as certificates
 from swtpm_prop.trust import floors
+from swtpm_prop.trust.keys import load_private
 from swtpm_prop.trust.repository import Change
 from swtpm_prop.trust.signers import load_public, open_signers
 from swtpm_prop.trust.sources import Subject
@@ -154,6 +155,16 @@ def test_a_key_with_a_passphrase(keeper: Keeper) -> None:
     assert (
         error_of(lambda: open_signers([str(path)], [load_public(public)], lambda name: "x")) == "trust.key-passphrase"
     )
+
+
+def test_a_timer_opens_the_online_key_by_a_file(keeper: Keeper) -> None:
+    path = Path(keeper.key("online"))
+    path.write_bytes(private_pem(load_private(path.read_bytes(), None), b"secret"))
+    words = ["publish", keeper.publisher.directory, *(f"--key={keeper.key(name)}" for name in ALL)]
+    (keeper.directory / "word").write_text("secret\n")
+    (keeper.directory / "wrong").write_text("terces\n")
+    assert run(*words, "--passphrase-file", keeper.directory / "wrong").exception.id == "trust.key-passphrase"  # type: ignore[union-attr]
+    assert run(*words, "--passphrase-file", keeper.directory / "word").exit_code == 0
 
 
 def test_a_key_in_hardware(tmp_path: Path, token: Path) -> None:
