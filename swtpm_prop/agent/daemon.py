@@ -137,10 +137,11 @@ class Agent:
     # -- what peers get ---------------------------------------------------------------------------
 
     def _source(self) -> Source:
-        """This host as a source, which notes whom it gives a key to."""
+        """This host as a source: a key goes only where libvirt sends the guest, and it is noted whom it is given to."""
         source = host.source(self._layout, self._guests.presence)
 
         def judge(record: KeyRecord, shown: Evidence, binding: bytes, peer: str) -> bytes:
+            self._guests.check_leaves(record.uuid)
             parent = source.judge(record, shown, binding, peer)
             _log.info("guest %s: host %s has proved '%s', it gets the key", record.uuid, peer, record.property)
             return parent

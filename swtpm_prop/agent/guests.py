@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import libvirt
 
+from swtpm_prop.domain.metadata import parse_domain
 from swtpm_prop.domain.stamp import NAMESPACE, PREFIX
-from swtpm_prop.errors import HostError
+from swtpm_prop.errors import HostError, TransferError
 from swtpm_prop.limits import LIBVIRT_PROBE_SECONDS, LIBVIRT_PROBES, LIBVIRT_RETRY_SECONDS
 from swtpm_prop.transfer.machine import Event, Presence
 
@@ -116,6 +117,31 @@ class Guests:
             return connection is None or _busy(connection.lookupByUUIDString(uuid))
         except libvirt.libvirtError:
             return True
+
+    def check_leaves(self, uuid: str) -> None:
+        """See that libvirt is migrating the guest away, and that its live metadata let it go.
+
+        A host that may have the guest must not get its key, nor a say in where it is, before it is sent there.
+
+        Raises:
+            TransferError: ``migration.not-allowed``, ``transfer.not-migrating``, ``transfer.unseen``.
+            DomainError: as `parse_domain`.
+        """
+        connection = self._connection
+        try:
+            if connection is None:
+                raise _unseen("no connection to libvirt")
+            domain = connection.lookupByUUIDString(uuid)
+            if not job_leaves(_job(domain)):
+                raise TransferError(
+                    "transfer.not-migrating", "libvirt is not migrating the guest away", "virsh migrate it --live"
+                )
+            # Of a guest that runs this is the live definition. The element alone comes without its namespace.
+            asked = parse_domain(domain.XMLDesc().encode())
+        except libvirt.libvirtError as error:
+            raise _unseen(error.get_error_message()) from error
+        if asked is None or asked.migration is None:
+            raise _stays()
 
     def running(self) -> list[str]:
         """UUIDs of the guests that run here, as far as is known."""
@@ -250,6 +276,26 @@ def _busy(domain: libvirt.virDomain) -> bool:
         return bool(domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE)
     except libvirt.libvirtError:
         return False
+
+
+def job_leaves(job: Mapping[str, object]) -> bool:
+    """Whether a job, as virDomainGetJobStats tells of it, takes its guest to another host."""
+    return bool(job.get(libvirt.VIR_DOMAIN_JOB_OPERATION) == libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT)
+
+
+def _job(domain: libvirt.virDomain) -> Mapping[str, object]:
+    try:
+        found: Mapping[str, object] = domain.jobStats()
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:
+            raise
+        # QEMU's driver always tells. What has no jobs, libvirt's test driver, is taken at its guests' word.
+        return {libvirt.VIR_DOMAIN_JOB_OPERATION: libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT}
+    return found
+
+
+def _unseen(why: str) -> TransferError:
+    return TransferError("transfer.unseen", f"this host cannot see its guests, {why}", "see that libvirt runs there")
 
 
 def _not_halted(uuid: str, why: str) -> HostError:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from typing import NamedTuple
-from xml.sax.saxutils import quoteattr
 
 from swtpm_prop.domain.identity import STAMP, Identity
+from swtpm_prop.errors import DomainError
 
 NAMESPACE = STAMP
 PREFIX = "agent"
@@ -30,14 +30,28 @@ class Stamp(NamedTuple):
 
 
 def to_xml(stamp: Stamp) -> str:
-    """The element without a namespace, the form that virDomainSetMetadata takes (see `metadata.to_xml`)."""
-    return f"<agent endpoint={quoteattr(stamp.endpoint)} host={quoteattr(stamp.host)}/>"
+    """The element without a namespace, the form that virDomainSetMetadata takes (see `metadata.to_xml`).
+
+    Raises:
+        DomainError: ``domain.stamp``: no host could make sense of it.
+    """
+    if not _sound(stamp):
+        raise DomainError(
+            "domain.stamp",
+            f"'{stamp.endpoint}' and '{stamp.host}' are no endpoint and name that other hosts could use",
+            "correct listen or endpoint in [agent] of host.toml",
+        )
+    return f'<agent endpoint="{stamp.endpoint}" host="{stamp.host}"/>'
 
 
 def read(identity: Identity) -> Stamp | None:
     """The stamp of a domain XML; None if there is none, or none that an agent would write."""
-    endpoint, host = identity.stamp.get("endpoint", ""), identity.stamp.get("host", "")
-    return Stamp(endpoint, host) if _ENDPOINT.fullmatch(endpoint) and _HOST.fullmatch(host) else None
+    stamp = Stamp(identity.stamp.get("endpoint", ""), identity.stamp.get("host", ""))
+    return stamp if _sound(stamp) else None
+
+
+def _sound(stamp: Stamp) -> bool:
+    return bool(_ENDPOINT.fullmatch(stamp.endpoint) and _HOST.fullmatch(stamp.host))
 
 
 def transfer(identity: Identity) -> str:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 import re
 import stat
+from typing import TYPE_CHECKING
 
 from swtpm_prop.domain.identity import Identity
+from swtpm_prop.errors import TransferError
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import QEMU_LOG_BYTES
+
+if TYPE_CHECKING:
+    from swtpm_prop.transfer.journal import Transfer
+    from swtpm_prop.transfer.messages import Report
 
 MIGRATED = "migrated"
 """libvirt's word for a guest that runs on another host now (src/conf/domain_conf.c, virDomainShutoffReason)."""
@@ -28,11 +34,15 @@ def tell_transfers(identity: Identity, layout: Layout) -> None:
     from swtpm_prop.transfer.journal import Journal
     from swtpm_prop.transfer.machine import Event
     from swtpm_prop.transfer.settle import HOOK, Settler
-    from swtpm_prop.transfer.speaker import Speaker
 
     moved = reason(identity.name, layout) == MIGRATED
-    settler = Settler(layout, Journal(layout), HOOK, Speaker(layout).report)
+    settler = Settler(layout, Journal(layout), HOOK, _ask_nobody)
     settler.observe(identity.uuid, *([Event.MIGRATED] if moved else []), Event.GONE)
+
+
+def _ask_nobody(transfer: Transfer, _: Report) -> Report:
+    """libvirt waits for this hook; peers are for the agent to ask, or the next start."""
+    raise TransferError("transfer.unreachable", f"'{transfer.peer}' is not asked", "see that swtpm-prop's agent runs")
 
 
 def reason(name: str, layout: Layout) -> str:

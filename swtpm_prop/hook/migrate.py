@@ -15,7 +15,9 @@ from swtpm_prop.transfer.journal import Journal
 from swtpm_prop.transfer.settle import HOOK, Settler
 from swtpm_prop.transfer.speaker import Speaker
 
-ELSEWHERE = frozenset({"transfer.unreachable", "transfer.no-key", "transfer.not-running", "transfer.elsewhere"})
+ELSEWHERE = frozenset(
+    {"transfer.unreachable", "transfer.no-key", "transfer.not-running", "transfer.elsewhere", "transfer.self"}
+)
 """Refusals by which a host says no more than that the guest is not there: the next may be asked."""
 
 
@@ -71,4 +73,4 @@ def _nowhere(refused: list[Error]) -> Error:
             "nothing says which host the guest comes from",
             "start swtpm-prop's agent there, which notes it in the guest's metadata; or name peers in host.toml here",
         )
-    return refused[0]
+    return next((error for error in refused if error.id != "transfer.self"), refused[0])

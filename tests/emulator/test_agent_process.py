@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -15,23 +16,26 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
 
 import pytest
 from fleet_ca import Ca
 from hardware import HardwareTpm
-from members import UUID, Authority, Member
+from members import PROPERTY, UUID, Authority, Member
 
 from swtpm_prop.errors import Error
+from swtpm_prop.hook.operations import run
 from swtpm_prop.limits import AGENT_PEERS_EACH, MESSAGE_BYTES
 from swtpm_prop.transfer import channel
 from swtpm_prop.transfer.machine import Event, Presence
 
 pytestmark = pytest.mark.root
 
-NODE = """<node><domain type='test'><name>guest</name><uuid>{}</uuid><memory>8192</memory><os><type>hvm</type></os>
-</domain></node>"""
+TPM = "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
+DOMAIN = f"""<domain type='test'><name>guest</name><uuid>{UUID}</uuid><metadata>{{}}</metadata><memory>8192</memory>
+<os><type>hvm</type></os><devices>{TPM}</devices></domain>"""
+NODE = f"<node>{DOMAIN}</node>"
 PROGRAM = """import sys; from pathlib import Path
 from swtpm_prop.cli.main import cli; from swtpm_prop.errors import Error; from swtpm_prop.layout import Layout
 try: cli.main(["agent", "--connect", sys.argv[2]], obj=Layout(Path(sys.argv[1])), standalone_mode=False)
@@ -46,7 +50,7 @@ class Agent:
     def __init__(self, member: Member, directory: Path) -> None:
         self.member = member
         self.uri = f"test://{directory}/{member.name}.xml"
-        (directory / f"{member.name}.xml").write_text(NODE.format(UUID))
+        (directory / f"{member.name}.xml").write_text(NODE.format(to_xml(TRAVELS)))
         self.log = directory / f"{member.name}.log"
         self.port, self.metrics = _ports()
         member.endpoint = f"127.0.0.1:{self.port}"
@@ -138,6 +142,24 @@ def eventually(true: Callable[[], bool], seconds: float = 10) -> bool:
     return True
 
 
+@pytest.mark.parametrize("metadata", ["", VTPM.format("")], ids=["none", "custody alone"])
+def test_keeps_the_key_of_a_guest_whose_own_metadata_do_not_let_it_go(
+    tmp_path: Path, tpms: list[HardwareTpm], metadata: str
+) -> None:
+    hosts = Hosts(tmp_path, tpms)
+    (tmp_path / "a.example.xml").write_text(NODE.format(metadata))
+    with hosts.b.serving():
+        hosts.agent.start()
+        try:
+            assert eventually(lambda: "swtpm_prop_guests_running 1" in hosts.agent.page("/metrics"))
+            with pytest.raises(Error) as refused:
+                hosts.fetch()
+        finally:
+            hosts.agent.end(signal.SIGKILL)
+    assert refused.value.id == "migration.not-allowed", refused.value.line()
+    assert hosts.a.states() == hosts.b.states() == []
+
+
 def test_hands_a_key_on_and_lets_go_of_it(hosts: Hosts) -> None:
     hosts.fetch()
     assert hosts.b.hook.arrive(UUID) is not None
@@ -149,6 +171,54 @@ def test_hands_a_key_on_and_lets_go_of_it(hosts: Hosts) -> None:
     assert hosts.b.open() == hosts.key
     assert "host b.example has proved" in hosts.agent.log.read_text()
     assert 'outcome="given"' in hosts.agent.page("/metrics")
+
+
+def xml(hosts: Hosts, vtpm: Vtpm = TRAVELS, stamped: bool = True) -> bytes:
+    """What libvirt gives the migrate hook of host b."""
+    stamp = f"<a:agent xmlns:a='urn:swtpm-prop:agent:1' endpoint='{hosts.a.endpoint}' host='a.example'/>"
+    return DOMAIN.format(to_xml(vtpm) + (stamp if stamped else "")).encode()
+
+
+def hook(hosts: Hosts, document: bytes) -> str:
+    """What the migrate hook of host b says; empty if it lets the guest in."""
+    said = io.StringIO()
+    with redirect_stderr(said):
+        status = run(["guest", "migrate", "begin", "-"], document, hosts.b.layout)
+    assert bool(status) is bool(said.getvalue())
+    assert said.getvalue().count("\n") <= 1
+    return said.getvalue()
+
+
+def test_the_hook_finds_the_source_by_the_stamp(hosts: Hosts) -> None:
+    assert hook(hosts, xml(hosts)) == ""
+    assert (hosts.a.states(), hosts.b.states()) == (["offered"], ["imported"])
+
+
+def test_the_hook_finds_the_source_among_static_peers(hosts: Hosts) -> None:
+    assert "[transfer.no-source]" in hook(hosts, xml(hosts, stamped=False))
+    closed, _ = _ports()
+    with hosts.b.layout.host.open("a") as file:
+        file.write(f'[agent]\npeers = ["127.0.0.1:{closed}", "{hosts.b.endpoint}", "{hosts.a.endpoint}"]\n')
+    assert hook(hosts, xml(hosts, stamped=False)) == ""
+    assert (hosts.a.states(), hosts.b.states()) == (["offered"], ["imported"])
+
+
+def test_the_hook_lets_no_guest_in_that_may_not_move(hosts: Hosts) -> None:
+    assert "[migration.not-allowed]" in hook(hosts, xml(hosts, TRAVELS._replace(migration=None)))
+    assert hosts.b.states() == []
+
+
+def test_the_hook_says_what_the_source_says(hosts: Hosts) -> None:
+    hosts.b.tpm.extend(4)
+    try:
+        said = hook(hosts, xml(hosts))
+    finally:
+        hosts.b.tpm.reboot()
+    assert "host 'a.example' refuses: the state of 'b.example' is not approved" in said
+    assert "PCR 4 differ" in said
+    hosts.agent.end(signal.SIGTERM)
+    assert "[transfer.unreachable]" in hook(hosts, xml(hosts))
+    assert (hosts.a.states(), hosts.b.states()) == ([], [])
 
 
 def test_is_well_and_ends_cleanly(hosts: Hosts) -> None:

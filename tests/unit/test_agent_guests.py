@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 import libvirt
 import pytest
 
-from swtpm_prop.agent.guests import Guests, Happening, presence_after, presence_of
+from swtpm_prop.agent.guests import Guests, Happening, job_leaves, presence_after, presence_of
 from swtpm_prop.domain.identity import identify
 from swtpm_prop.domain.stamp import Stamp, read, to_xml
+from swtpm_prop.errors import TransferError
 from swtpm_prop.transfer.machine import Event, Presence
 
 URI = "test:///default"
@@ -75,6 +76,21 @@ def test_nobody_knows_before_libvirt_is_there(told: queue.Queue[Happening]) -> N
 def test_a_guest_is_busy_while_libvirt_is_at_work_on_it(domain: libvirt.virDomain, guests: Guests) -> None:
     assert not guests.busy(domain.UUIDString())
     assert guests.busy(OTHER)
+
+
+@pytest.mark.parametrize("uuid", [None, OTHER], ids=["in custody nowhere", "not here"])
+def test_no_guest_leaves_that_does_not_say_so(domain: libvirt.virDomain, guests: Guests, uuid: str | None) -> None:
+    with pytest.raises(TransferError) as refused:
+        guests.check_leaves(uuid or domain.UUIDString())
+    assert refused.value.id == ("transfer.unseen" if uuid else "migration.not-allowed")
+
+
+def test_no_job_but_a_migration_takes_a_guest_away() -> None:
+    jobs = {name: getattr(libvirt, name) for name in dir(libvirt) if name.startswith("VIR_DOMAIN_JOB_OPERATION_")}
+    leaving = [name for name, job in jobs.items() if job_leaves({libvirt.VIR_DOMAIN_JOB_OPERATION: job})]
+    assert leaving == ["VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT"]
+    # what libvirt says of a guest without a job
+    assert not job_leaves({"type": libvirt.VIR_DOMAIN_JOB_NONE})
 
 
 def test_halts_a_guest(domain: libvirt.virDomain, guests: Guests, told: queue.Queue[Happening]) -> None:

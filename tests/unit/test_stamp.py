@@ -8,6 +8,7 @@ from swtpm_prop.domain.arrival import note
 from swtpm_prop.domain.identity import identify
 from swtpm_prop.domain.metadata import parse_domain
 from swtpm_prop.domain.stamp import Stamp, read, to_xml, transfer
+from swtpm_prop.errors import DomainError
 
 UUID = "aaaaaaaa-0000-4000-8000-000000000001"
 STAMP = "<a:agent xmlns:a='urn:swtpm-prop:agent:1' endpoint='{}' host='{}'/>"
@@ -29,6 +30,13 @@ def test_is_what_the_agent_writes() -> None:
     stamp = Stamp("alpha:4879", "alpha")
     written = to_xml(stamp).replace("<agent", "<agent xmlns='urn:swtpm-prop:agent:1'")
     assert read(identify(domain(written))) == stamp
+
+
+def test_what_no_host_could_use_is_not_written() -> None:
+    for stamp in (Stamp("alpha", "alpha"), Stamp('a"b:1', "alpha"), Stamp("alpha:1", "")):
+        with pytest.raises(DomainError) as refused:
+            to_xml(stamp)
+        assert refused.value.id == "domain.stamp"
 
 
 @pytest.mark.parametrize(
