@@ -151,8 +151,6 @@ DESTINATION: dict[State, dict[Event, Step]] = {
     S.ASKED: {
         E.IMPORT: Step(S.IMPORTED),
         E.ABANDON: Step(S.CANCELLED, (A.FORGET_KEY,)),
-        E.PEER_CANCELLED: Step(S.CLOSED, (A.FORGET_KEY,)),
-        E.PEER_KEPT: Step(S.CLOSED, (A.FORGET_KEY,)),
     },
     S.IMPORTED: {
         E.ARRIVE: Step(S.ARRIVING),
