@@ -141,7 +141,11 @@ class Guests:
         except libvirt.libvirtError as error:
             raise _unseen(error.get_error_message()) from error
         if asked is None or asked.migration is None:
-            raise _stays()
+            raise TransferError(
+                "migration.not-allowed",
+                "the metadata of the guest that runs here do not let it go",
+                'add <migration allow="attested"/>: swtpm-prop domain enable --migration attested',
+            )
 
     def running(self) -> list[str]:
         """UUIDs of the guests that run here, as far as is known."""

@@ -24,11 +24,14 @@ from fleet_ca import Ca
 from hardware import HardwareTpm
 from members import PROPERTY, UUID, Authority, Member
 
+from swtpm_prop.domain.metadata import Vtpm, to_xml
 from swtpm_prop.errors import Error
 from swtpm_prop.hook.operations import run
 from swtpm_prop.limits import AGENT_PEERS_EACH, MESSAGE_BYTES
+from swtpm_prop.tpm.algorithms import SHA384
 from swtpm_prop.transfer import channel
 from swtpm_prop.transfer.machine import Event, Presence
+from swtpm_prop.translate.policy import Bank
 
 pytestmark = pytest.mark.root
 
@@ -42,6 +45,8 @@ try: cli.main(["agent", "--connect", sys.argv[2]], obj=Layout(Path(sys.argv[1]))
 except Error as error: sys.exit(error.line())
 """
 REPOSITORY = Path(__file__).parents[2]
+BANK = Bank(SHA384, frozenset({4}), True, ("https://example.org/properties/boot",))
+TRAVELS = Vtpm((BANK,), PROPERTY, "attested")
 
 
 class Agent:
@@ -142,7 +147,7 @@ def eventually(true: Callable[[], bool], seconds: float = 10) -> bool:
     return True
 
 
-@pytest.mark.parametrize("metadata", ["", VTPM.format("")], ids=["none", "custody alone"])
+@pytest.mark.parametrize("metadata", ["", to_xml(TRAVELS._replace(migration=None))], ids=["none", "custody alone"])
 def test_keeps_the_key_of_a_guest_whose_own_metadata_do_not_let_it_go(
     tmp_path: Path, tpms: list[HardwareTpm], metadata: str
 ) -> None:
