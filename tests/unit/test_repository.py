@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -13,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from certifier import ED25519, P256, digests_of, issue, private_pem, public_pem, trust_text
+from certifier import P256, digests_of, issue, private_pem, public_pem
 from click.testing import CliRunner, Result
-from storekeeper import ALL, Follower, Keeper, certificate, interrupt, kill, no_space, quiet
+from storekeeper import Follower, Keeper, certificate, interrupt, kill, no_space, quiet
 
 from swtpm_prop.cli.store import command
 from swtpm_prop.errors import Error, TrustError
 from swtpm_prop.trust import certificate as certificates
 from swtpm_prop.trust import floors
-from swtpm_prop.trust.keys import load_private
 from swtpm_prop.trust.repository import Change
 from swtpm_prop.trust.signers import load_public, open_signers
 from swtpm_prop.trust.sources import Subject
@@ -81,6 +79,10 @@ def ids_in(keeper: Keeper) -> set[str]:
 def revoke(keeper: Keeper, *ids: str, below: tuple[str, str] | None = None) -> Any:
     limits = floors.one(*below, ()) if below else floors.NONE
     return keeper.publisher.revoke(ids, limits, quiet)
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(command, [str(word) for word in words])
 
 
 # -- signing ------------------------------------------------------------------------------------
@@ -157,16 +159,6 @@ def test_a_key_with_a_passphrase(keeper: Keeper) -> None:
     )
 
 
-def test_a_timer_opens_the_online_key_by_a_file(keeper: Keeper) -> None:
-    path = Path(keeper.key("online"))
-    path.write_bytes(private_pem(load_private(path.read_bytes(), None), b"secret"))
-    words = ["publish", keeper.publisher.directory, *(f"--key={keeper.key(name)}" for name in ALL)]
-    (keeper.directory / "word").write_text("secret\n")
-    (keeper.directory / "wrong").write_text("terces\n")
-    assert run(*words, "--passphrase-file", keeper.directory / "wrong").exception.id == "trust.key-passphrase"  # type: ignore[union-attr]
-    assert run(*words, "--passphrase-file", keeper.directory / "word").exit_code == 0
-
-
 def test_a_key_in_hardware(tmp_path: Path, token: Path) -> None:
     keeper = Keeper(tmp_path)
     others = [(role, keeper.public_key("online")) for role in ("targets", "snapshot", "timestamp")]
@@ -188,20 +180,6 @@ def test_a_key_in_hardware(tmp_path: Path, token: Path) -> None:
     host = Follower(tmp_path / "host", keeper)
     host.pin()
     host.sync()
-
-
-def test_who_publishes_hears_in_time_that_offline_keys_are_needed(
-    keeper: Keeper, host: Follower, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = ("publish", keeper.publisher.directory, "--key", keeper.key("online"))
-    assert "store.expires-soon" not in run(*words).output
-    keeper.rotate(days={"root": 29})
-    keeper.publish("root", "online")
-    said = run(*words)
-    assert said.exit_code == 0
-    assert said.stderr.count("[store.expires-soon]") == 1
-    monkeypatch.setattr("swtpm_prop.cli.store_publish.OFFLINE_NOTICE", 121 * 86400)
-    assert run(*words).stderr.count("[store.expires-soon]") == 2
 
 
 # -- certificates -------------------------------------------------------------------------------
@@ -458,53 +436,3 @@ def test_a_revocation_that_was_interrupted_is_one(keeper: Keeper, host: Follower
         shutil.rmtree(keeper.publisher.directory)
         shutil.copytree(start, keeper.publisher.directory)
     assert 2 < number < 49
-
-
-# -- the command line ---------------------------------------------------------------------------
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(command, [str(word) for word in words])
-
-
-def test_from_zero_to_a_followed_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("root", "targets", "online"):
-        subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", f"{name}.key"], check=True)
-        subprocess.run(["openssl", "pkey", "-in", f"{name}.key", "-pubout", "-out", f"{name}.pem"], check=True)
-    keys = [f"--add-key={name}={name}.pem" for name in ("root", "targets", "online")]
-    shown = run("init", "store", *keys, "--days", "timestamp=1", "--json")
-    assert json.loads(shown.stdout)["roles"]["timestamp"]["days"] == 1
-    (tmp_path / "a").write_bytes(certificate(A))
-    assert run("add", "store", "a").exit_code == 0
-    assert run("publish", "store", "--key", "root.key").exit_code == 1
-    done = run("publish", "store", "--key", "targets.key", "--key", "online.key", "--json")
-    assert (done.exit_code, json.loads(done.stdout)["certificates"]) == (0, 1)
-    (tmp_path / "host/etc/swtpm-prop").mkdir(parents=True)
-    (tmp_path / "host/var/lib/swtpm-prop/index").mkdir(parents=True)
-    shutil.copy("store/public/metadata/1.root.json", "host/etc/swtpm-prop/root.json")
-    Path("host/etc/swtpm-prop/trust.toml").write_text(trust_text(ED25519))
-    assert run("sync", "--root", "host").exception.id == "usage.no-store"  # type: ignore[union-attr]
-    Path("host/etc/swtpm-prop/host.toml").write_text(f'[store]\nurl = "file://{tmp_path}/store/public"\n')
-    assert json.loads(run("sync", "--root", "host", "--json").stdout)["added"] == 1
-    assert run("revoke", "store", "a").exit_code == 0
-    assert run("publish", "store", "--key", "targets.key", "--key", "online.key").exit_code == 0
-    assert json.loads(run("sync", "--root", "host", "--json").stdout)["removed"] == 1
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("init", "store", "--add-key", "nobody=x.pem"),
-        ("init", "store", "--add-key", "root"),
-        ("init", "store", "--threshold", "root=0"),
-        ("revoke", "store"),
-        ("revoke", "store", "--component", "linux"),
-        ("revoke", "store", "a", "--property", "https://example.org/p"),
-    ],
-)
-def test_words_that_make_no_sense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
-    monkeypatch.chdir(tmp_path)
-    result = run(*words)
-    assert result.exception.id.startswith("usage.")  # type: ignore[union-attr]
-    assert list(tmp_path.iterdir()) == []
