@@ -300,15 +300,11 @@ class Hardware:
             authorize: the policy digest that it must have.
 
         Raises:
-            HostError: ``tpm.import-policy``, ``tpm.foreign-object``.
+            HostError: ``tpm.import-policy``, ``tpm.import-attributes``, ``tpm.foreign-object``.
         """
         public, _ = TPM2B_PUBLIC.unmarshal(blob.public)
-        if authorize is not None and bytes(public.publicArea.authPolicy) != authorize:
-            raise HostError(
-                "tpm.import-policy",
-                "the key of the other host has another policy than this guest demands",
-                "compare the guest's host property, and its authority's key, in both hosts' trust files",
-            )
+        if authorize is not None:
+            refusals.check_guarded(public.publicArea, authorize)
         private, _ = TPM2B_PRIVATE.unmarshal(blob.duplicate)
         seed, _ = TPM2B_ENCRYPTED_SECRET.unmarshal(blob.seed)
         with refusals.of_object():

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tpm2_pytss import TSS2_Exception
+from tpm2_pytss.constants import TPMA_OBJECT
+from tpm2_pytss.types import TPMT_PUBLIC
 
 from swtpm_prop.custody.policy import Approval
 from swtpm_prop.errors import HostError
@@ -121,6 +123,27 @@ def of_handle() -> Iterator[None]:
         if is_missing(error):
             raise _not_initialised() from error
         raise
+
+
+def check_guarded(public: TPMT_PUBLIC, authorize: bytes) -> None:
+    """Check that nothing opens or moves another host's object but its policy, and that this is the demanded one.
+
+    Raises:
+        HostError: ``tpm.import-policy``, ``tpm.import-attributes``.
+    """
+    if bytes(public.authPolicy) != authorize:
+        raise HostError(
+            "tpm.import-policy",
+            "the key of the other host has another policy than this guest demands",
+            "compare the guest's host property, and its authority's key, in both hosts' trust files",
+        )
+    # With userWithAuth, say, it would open here in any state.
+    if public.objectAttributes != TPMA_OBJECT.NODA:
+        raise HostError(
+            "tpm.import-attributes",
+            "the key of the other host can be opened by other means than its policy",
+            "do not trust that host until its keeper knows why: this never comes of a fault",
+        )
 
 
 def is_missing(error: TSS2_Exception) -> bool:

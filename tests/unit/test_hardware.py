@@ -13,6 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hardware import HardwareTpm, manufacture
 from tpm2_pytss.constants import TPM2_SE
+from tpm2_pytss.types import TPM2B_PUBLIC, TPM2B_SENSITIVE_CREATE, TPMS_SENSITIVE_CREATE, TPMT_PUBLIC
 
 from swtpm_prop.custody import hardware, policy
 from swtpm_prop.custody.hardware import PARENT_HANDLE, Hardware
@@ -261,6 +262,23 @@ def test_a_key_leaves_for_one_tpm_alone(host: HardwareTpm, other: HardwareTpm, t
     other.extend(0)
     with other.open() as opened, refused("tpm.state-not-approved"):
         opened.unseal(own, said)
+
+
+def test_no_key_comes_that_opens_without_its_policy(host: HardwareTpm, other: HardwareTpm) -> None:
+    with other.open() as opened:
+        parent = opened.parent_public
+    with host.open() as opened:
+        said = authorization(opened)
+        template = TPM2B_PUBLIC(publicArea=TPMT_PUBLIC.parse("keyedhash", objectAttributes="noda|userwithauth"))
+        template.publicArea.authPolicy = POLICY
+        sensitive = TPM2B_SENSITIVE_CREATE(TPMS_SENSITIVE_CREATE(data=KEY))
+        private, public, *_ = opened._tpm.create(opened._parent, sensitive, template)
+        blob = opened.duplicate(Sealed(public.marshal(), private.marshal()), said, parent)
+    with other.open() as opened:
+        with refused("tpm.import-attributes"):
+            opened.import_(blob, POLICY)
+        # this is what it would have been good for
+        assert opened.unseal(opened.import_(blob)) == KEY
 
 
 def test_what_belongs_to_the_host_never_leaves_it(host: HardwareTpm, other: HardwareTpm) -> None:
