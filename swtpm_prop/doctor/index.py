@@ -64,7 +64,7 @@ def index(patient: Patient) -> Iterator[Finding]:
     try:
         now = max(int(time.time()), opened.seen)
         yield _judge(opened.expires - now, opened.expires, f"the index {path}", renewal)
-        soon = [claim for claim, _ in opened.claims() if claim.not_after < now + BUILT.soon]
+        soon = [id for id, end in opened.ends() if end < now + BUILT.soon]
         total = opened.certificates
     finally:
         opened.close()
@@ -73,7 +73,7 @@ def index(patient: Patient) -> Iterator[Finding]:
         what = f"the clock is behind: the index was renewed at {when}, and that is what its certificates are judged by"
         yield warning("index.clock-behind", what, "set this host's clock; if it is right, it was ahead then")
     if soon:
-        what = f"{len(soon)} of {total} certificates have expired or expire within a week, first {soon[0].id}"
+        what = f"{len(soon)} of {total} certificates have expired or expire within a week, first {soon[0]}"
         yield warning("index.certificates-expire", what, renewal.mend)
 
 

@@ -112,7 +112,7 @@ def held(path: Path) -> frozenset[str]:
     """The ids of the certificates in the index at ``path``; none if there is no usable index."""
     try:
         with closing(Index.open(str(path))) as index:
-            return frozenset(index.ids())
+            return frozenset(id for id, _ in index.ends())
     except StoreError:
         return frozenset()
 

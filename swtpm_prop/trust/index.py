@@ -237,15 +237,14 @@ class Index:
             raise _damaged(str(error)) from error
         yield from (counts[id] for id in sorted(counts))
 
-    def ids(self) -> Iterator[str]:
-        """The id of every certificate.
+    def ends(self) -> Iterator[tuple[str, int]]:
+        """The id and the last second of every certificate, the first to end first; reads no entries.
 
         Raises:
             StoreError: ``store.index-corrupt``.
         """
         try:
-            for (id,) in self._connection().execute("SELECT id FROM certificate ORDER BY number"):
-                yield id
+            yield from self._connection().execute("SELECT id, not_after FROM certificate ORDER BY not_after, id")
         except _FAULTS as error:
             raise _damaged(str(error)) from error
 

@@ -286,7 +286,10 @@ def test_index_good_expiring_expired(root: Path) -> None:
     build_index(Layout(root), -DAY)
     assert found(index.index(patient(root))) == {"index.expired": State.PROBLEM}
     build_index(Layout(root), 100 * DAY, certificate_lasts=2 * DAY)
-    assert found(index.index(patient(root)))["index.certificates-expire"] is State.WARNING
+    (soon,) = (each for each in index.index(patient(root)) if each.id == "index.certificates-expire")
+    ((certificate, _),) = Index.open(str(Layout(root).index)).ends()
+    assert soon.state is State.WARNING
+    assert soon.what == f"1 of 1 certificates have expired or expire within a week, first {certificate}"
 
 
 def test_a_clock_that_is_behind_the_latest_time_seen(root: Path) -> None:
