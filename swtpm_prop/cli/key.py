@@ -17,6 +17,7 @@ from swtpm_prop.custody.keys import KeyRecord
 from swtpm_prop.errors import Error, HostError, TrustError
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import KEY_BYTES
+from swtpm_prop.transfer.journal import Journal
 from swtpm_prop.trust.files import read_file
 from swtpm_prop.trust.keys import keyid, load_private
 from swtpm_prop.trust.uri import check_property
@@ -84,7 +85,10 @@ def rebind(ctx: click.Context, guest: str, uri: str, property: str | None, accep
     layout = _layout(ctx)
     if property is not None:
         check_property(property)
-    record = rebinding.rebind(guest_uuid(guest, uri), property, accept_plain, layout)
+    uuid = guest_uuid(guest, uri)
+    # A guest that goes to another host meanwhile takes its key away: a record sealed anew must not outlive that.
+    with Journal(layout).locked(uuid):
+        record = rebinding.rebind(uuid, property, accept_plain, layout)
     _done(record, as_json, layout)
 
 
@@ -119,7 +123,9 @@ def recover(
         check_property(property)
     private = _recovery_key(key, passphrase_file)
     place = source or keys.recovery_copy(uuid, layout)
-    _done(rebinding.recover(uuid, private, place, property, swtpm_account(layout), layout), as_json, layout)
+    with Journal(layout).locked(uuid):
+        record = rebinding.recover(uuid, private, place, property, swtpm_account(layout), layout)
+    _done(record, as_json, layout)
 
 
 def _layout(ctx: click.Context) -> Layout:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from swtpm_prop.custody import keys, opening, state
 from swtpm_prop.custody.form import PERMANENT, Form, form
 from swtpm_prop.errors import Error
 from swtpm_prop.layout import Layout
+from swtpm_prop.transfer.journal import Journal
 from tests.custodian import (
     APPROVED,
     OTHER,
@@ -184,6 +187,17 @@ def test_rebind_to_another_authority(host: CustodyHost) -> None:
     assert before is not None
     assert after is not None
     assert (after.authority != before.authority, after.encrypted) == (True, True)
+
+
+def test_a_rebind_brings_no_key_back_that_goes_with_its_guest(host: CustodyHost) -> None:
+    with ThreadPoolExecutor() as pool:
+        with Journal(host.layout).locked(UUID):
+            rebinding = pool.submit(refused, host, "rebind", UUID)
+            # what the agent does when the guest runs elsewhere, in a moment in which `rebind` may have read the record
+            time.sleep(0.5)
+            keys.destroy(UUID, host.layout)
+        assert rebinding.result() == "custody.no-record"
+    assert keys.load(UUID, host.layout) is None
 
 
 def test_rebind_wraps_to_the_recovery_keys_of_now(host: CustodyHost) -> None:
