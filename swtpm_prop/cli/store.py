@@ -202,18 +202,19 @@ def _measurements(what: str) -> list[tuple[str, Mapping[str, bytes]]]:
 
 
 def _answer(index: Index, name: str, measured: Mapping[str, bytes], properties: Sequence[str]) -> dict[str, Any]:
-    """One verdict; without properties, whether there is any that certificates give it now, and why not the others."""
+    """One verdict; without properties, which ones certificates give it now, and why not the others they speak of."""
     now = int(time.time())
     covering = [claim for claim, covered in index.matches(measured) if covered]
     spoken = sorted({uri for claim in covering for uri in claim.properties})
     asked = [tuple(properties)] if properties else [(uri,) for uri in spoken or [""]]
-    verdicts = [index.judge(uris, measured, now) for uris in asked]
-    verdict = next((found for found in verdicts if found.certified), verdicts[0])
-    refusals = dict.fromkeys((found.reason, found.detail) for found in verdicts if not found.certified)
+    verdicts = [(uris, index.judge(uris, measured, now)) for uris in asked]
+    verdict = next((found for _, found in verdicts if found.certified), verdicts[0][1])
+    refusals = dict.fromkeys((found.reason, found.detail) for _, found in verdicts if not found.certified)
     return {
         "measured": name,
         "digests": {algorithm: digest.hex() for algorithm, digest in measured.items()},
         "certified": verdict.certified,
+        "properties": [uri for uris, found in verdicts if found.certified for uri in uris],
         "reason": verdict.reason,
         "detail": verdict.detail,
         "refusals": [{"reason": reason, "detail": detail} for reason, detail in refusals],
@@ -239,7 +240,7 @@ def _summary(summary: Summary) -> dict[str, Any]:
 
 def _print_answer(answer: Mapping[str, Any]) -> None:
     if answer["certified"]:
-        click.secho(f"{answer['measured']}: certified", fg="green")
+        click.secho(f"{answer['measured']}: certified, {' '.join(answer['properties'])}", fg="green")
     for one in answer["refusals"]:
         what = f"{answer['measured']}: not certified, {one['detail']}"
         click.echo(Error(one["reason"], what, _MENDS[one["reason"]]).line())
