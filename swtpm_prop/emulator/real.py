@@ -1,4 +1,4 @@
-"""The real swtpm and swtpm_setup, which our own programs stand before in the daemon's PATH: where they are, their key."""
+"""The real swtpm and swtpm_setup, which our own programs stand before in the daemon's PATH: place and key."""
 
 from __future__ import annotations
 
