@@ -8,6 +8,7 @@ from typing import NamedTuple
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from swtpm_prop.attest import certificates, enrolment
+from swtpm_prop.attest.certificates import Kind
 from swtpm_prop.attest.enrolment import Membership
 from swtpm_prop.custody import durable, tss2
 from swtpm_prop.custody.hardware import PARENT_HANDLE, Hardware
@@ -104,7 +105,8 @@ def join(hardware: Hardware, layout: Layout, answer: bytes, ca: bytes, now: int)
         now: seconds since the epoch.
 
     Raises:
-        AttestError: as `enrolment.accept`; ``fleet.other``: this host is in another fleet.
+        AttestError: as `enrolment.accept`; ``fleet.other``: this host is in another fleet; ``fleet.revoked``: since the
+            answer was made, as this host has heard.
         HostError: ``host.nothing-asked``; what the TPM refuses; ``host.keys-unwritable``.
     """
     _check_fleet(layout, ca)
@@ -115,7 +117,7 @@ def join(hardware: Hardware, layout: Layout, answer: bytes, ca: bytes, now: int)
         raise HostError("host.nothing-asked", "this host has not asked to join a fleet", "run 'swtpm-prop host enroll'")
     member = enrolment.accept(hardware, answer, ca, _opened(hardware, path).public_key(), now)
     install_fleet(layout, ca)
-    install_crl(layout, member.crl)
+    _take_crl(layout, member, ca, now)
     if path.name == _PENDING:
         _write(keys / _KEY, path.read_bytes())
     _write(keys / _TLS, certificates.pem(member.tls_certificate))
@@ -161,6 +163,18 @@ def install_crl(layout: Layout, crl: bytes) -> bool:
     if new > known:
         write_file(layout.fleet_crl, crl)
     return new > known
+
+
+def _take_crl(layout: Layout, member: Membership, ca: bytes, now: int) -> None:
+    """The answer's list of revoked certificates; or, if this host knows a newer one by now, that is what counts."""
+    try:
+        install_crl(layout, member.crl)
+    except AttestError as error:
+        if error.id != "fleet.crl-rollback":
+            raise
+        known = read_file(layout.fleet_crl, REVOCATIONS_BYTES)
+        certificates.verify(member.ak_certificate, ca, known, Kind.AK, now)
+        certificates.verify(member.tls_certificate, ca, known, Kind.TLS, now)
 
 
 def _check_fleet(layout: Layout, ca: bytes) -> None:

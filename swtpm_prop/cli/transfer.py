@@ -100,8 +100,9 @@ def show(ctx: click.Context, uuid: str, as_json: bool) -> None:
 @click.argument("uuid")
 @click.option("--here", "place", flag_value="here", help="The guest is on this host.")
 @click.option("--there", "place", flag_value="there", help="The guest is on the transfer's other host.")
+@output.json_option
 @click.pass_context
-def resolve(ctx: click.Context, uuid: str, place: str | None) -> None:
+def resolve(ctx: click.Context, uuid: str, place: str | None, as_json: bool) -> None:
     """Decide where the guest UUID is, when its other host is lost for good and no host can know.
 
     Your word counts: see that nothing of the guest runs on the other side, nor is started there before that host has
@@ -112,9 +113,12 @@ def resolve(ctx: click.Context, uuid: str, place: str | None) -> None:
     layout = _layout(ctx)
     libvirt.registerErrorHandler(lambda *_: None, None)  # by default it prints each error itself
     settler = Settler(layout, Journal(layout), Eyes(_presence, _halt), Speaker(layout).report)
-    transfer = settler.resolve(uuid, place == "here")
+    transfer, gate = settler.resolve(uuid, place == "here"), settler.journal.gate(uuid)
+    if as_json:
+        output.print_json({"guest": uuid, "start": gate, "transfer": _for_programs(transfer)})
+        return
     click.echo(f"{transfer.state}: {MEANING[transfer.side][transfer.state]}")
-    click.echo(GATES[settler.journal.gate(uuid)])
+    click.echo(GATES[gate])
 
 
 def _presence(uuid: str) -> Presence:

@@ -291,6 +291,26 @@ def test_join_renew_and_rejoin(tpm: HardwareTpm, tmp_path: Path) -> None:
         assert {path.stat().st_mode & 0o777 for path in layout.host_keys.iterdir()} == {0o600}
 
 
+def test_an_answer_may_be_older_than_the_newest_revocations(tpm: HardwareTpm, tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    with tpm.open() as hardware:
+        membership.join(hardware, layout, answered(membership.request(hardware, layout.host_keys, HOST)), CA.ca, NOW)
+        present = membership.load(layout).tls_certificate
+        renewed = answered(membership.request(hardware, layout.host_keys, HOST))
+        membership.install_crl(layout, CA.revoking(present, number=2))
+        joined = membership.join(hardware, layout, renewed, CA.ca, NOW)
+        assert membership.load(layout).tls_certificate == joined.tls_certificate
+        # but not if they speak of what is in it
+        late = answered(membership.request(hardware, layout.host_keys, HOST))
+        opened = enrolment.accept(hardware, late, CA.ca, _pending(hardware, layout), NOW)
+        for number, gone in ((3, opened.ak_certificate), (4, opened.tls_certificate)):
+            membership.install_crl(layout, CA.revoking(gone, number=number))
+            with pytest.raises(AttestError) as caught:
+                membership.join(hardware, layout, late, CA.ca, NOW)
+            assert caught.value.id == "fleet.revoked"
+    assert membership.load(layout).tls_certificate == joined.tls_certificate
+
+
 def test_another_fleet_needs_the_operator(tpm: HardwareTpm, tmp_path: Path) -> None:
     layout, stranger = Layout(tmp_path), Ca()
     with tpm.open() as hardware:
@@ -340,6 +360,11 @@ def test_revocations_never_go_back(tmp_path: Path) -> None:
 
 
 # -- the parts ----------------------------------------------------------------------------------
+
+
+def _pending(hardware: Any, layout: Layout) -> ec.EllipticCurvePublicKey:
+    """The TLS key of a request that has no answer yet."""
+    return membership._opened(hardware, layout.host_keys / "tls.key.new").public_key()
 
 
 def request_for(key: Any) -> str:

@@ -71,3 +71,9 @@ def test_the_operator_decides_what_no_host_can(layout: Layout) -> None:
     again = call(layout, "resolve", UUID, "--here").exception
     assert isinstance(again, Error)
     assert again.id == "transfer.decided"
+
+
+def test_programs_hear_what_was_decided(layout: Layout) -> None:
+    Journal(layout).begin(OFFERED)
+    said = json.loads(call(layout, "resolve", UUID, "--here", "--json").output)
+    assert (said["guest"], said["start"], said["transfer"]["state"]) == (UUID, "start", "kept")
