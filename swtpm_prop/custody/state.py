@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import socket
+import stat
 import struct
 import subprocess
 import tempfile
@@ -108,6 +109,10 @@ def _alone(where: Place) -> Iterator[int]:
     try:
         lock = os.open(_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o660, dir_fd=directory)
         with os.fdopen(lock, "wb"):
+            found = os.fstat(lock)
+            # swtpm's user may have put it there: a second name of a file that is none of its own.
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+                raise unreadable(where.directory / _LOCK, "it is no plain file")
             os.fchown(lock, *where.account)
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

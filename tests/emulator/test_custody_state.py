@@ -138,6 +138,18 @@ def test_what_swtpms_user_may_put_there_does_not_lead_root_astray(where: Place, 
     assert refused.value.id == "custody.state-unreadable"
 
 
+def test_a_lock_that_is_another_files_name_gives_that_file_to_nobody(where: Place, directory: Path) -> None:
+    """As swtpm's user could make one where the kernel does not protect hard links (sysctl fs.protected_hardlinks)."""
+    precious = directory / "precious"
+    precious.write_bytes(b"root's")
+    (where.directory / ".lock").unlink(missing_ok=True)
+    (where.directory / ".lock").hardlink_to(precious)
+    with pytest.raises(HostError) as refused:
+        opens(where, None)
+    assert refused.value.id == "custody.state-unreadable"
+    assert precious.stat().st_uid == os.geteuid()
+
+
 @pytest.mark.parametrize("flip", [20, 400, -1])
 def test_an_encrypted_state_that_was_changed_does_not_open(where: Place, flip: int) -> None:
     convert(where, None, KEY)
