@@ -9,6 +9,7 @@ from copy import deepcopy
 from pathlib import Path, PurePosixPath
 
 from swtpm_prop import __version__
+from swtpm_prop.custody.form import Form, form
 from swtpm_prop.errors import HostError
 from swtpm_prop.install import manifest, tree
 from swtpm_prop.install.manifest import Manifest
@@ -174,12 +175,15 @@ def uninstall(layout: Layout, *, purge: bool) -> list[Done]:
     Certificates, index, logs and the guests' markers stay as well, unless ``purge``.
 
     Raises:
-        HostError: ``uninstall.not-installed``, ``uninstall.guests-running``, ``install.manifest-unreadable``.
+        HostError: ``uninstall.not-installed``, ``uninstall.guests-running``, ``uninstall.guests-in-custody``,
+            ``install.manifest-unreadable``.
     """
     listed = manifest.load(layout)
     if listed is None and not layout.state.exists():
         raise HostError("uninstall.not-installed", "swtpm-prop is not installed", "nothing is to be done")
     _refuse_running(layout)
+    if purge:
+        _refuse_in_custody(layout)
     done: list[Done] = []
     if listed:
         with ExitStack() as undo:
@@ -199,6 +203,23 @@ def _refuse_running(layout: Layout) -> None:
             f"guests with property banks are running: {', '.join(running)}",
             "shut them down and try again",
         )
+
+
+def _refuse_in_custody(layout: Layout) -> None:
+    """What opens their keys would go, and nothing says that it can be had again."""
+    kept = in_custody(layout)
+    if kept:
+        raise HostError(
+            "uninstall.guests-in-custody",
+            f"the TPM states of these guests open by what would be removed: {', '.join(kept)}",
+            "switch custody off (swtpm-prop domain disable) and start each once; or uninstall without --purge",
+        )
+
+
+def in_custody(layout: Layout) -> list[str]:
+    """UUIDs of the guests whose TPM state here is encrypted under a key that this host keeps."""
+    uuids = sorted(path.stem for path in layout.keys.glob("*.json"))
+    return [uuid for uuid in uuids if form(layout.guest_tpm(uuid)) is Form.ENCRYPTED]
 
 
 def running_guests(layout: Layout) -> list[str]:

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from swtpm_prop.cli.main import cli
+from swtpm_prop.custody.form import PERMANENT
 from swtpm_prop.errors import HostError
 from swtpm_prop.install import manifest, steps
 from swtpm_prop.install.plan import Block, Directory, File, Host, plan
@@ -281,6 +282,25 @@ def test_the_command_line_says_what_it_did_and_what_is_left(root: Path, words: l
         assert f"now start with an ordinary TPM: {UUID}" in said.output
         assert not Layout(root).state.exists()
     assert "Left to you:" in said.output
+
+
+def test_guests_in_custody_are_not_purged_away(root: Path) -> None:
+    runner, layout = CliRunner(), Layout(root)
+    steps.install(layout, HOST)
+    layout.guest_marker(UUID).write_text("sha256,sha384\n")
+    layout.keys.mkdir(mode=0o700)
+    layout.guest_key(UUID).write_text("a record")
+    layout.guest_tpm(UUID).mkdir(parents=True)
+    # the header of an encrypted state, and nothing behind it
+    (layout.guest_tpm(UUID) / PERMANENT).write_bytes(bytes.fromhex("0201 000a 0001 0000000a"))
+    before = snapshot(root)
+    refused = runner.invoke(cli, ["uninstall", "--purge", "--root", str(root)]).exception
+    assert isinstance(refused, HostError)
+    assert (refused.id, snapshot(root)) == ("uninstall.guests-in-custody", before)
+    said = runner.invoke(cli, ["uninstall", "--root", str(root)], catch_exceptions=False).output
+    assert f"do not start until swtpm-prop is installed again: {UUID}" in said
+    assert "ordinary TPM" not in said
+    assert layout.guest_key(UUID).exists()
 
 
 def test_hidden_directories_of_a_start_are_no_guests(root: Path) -> None:
