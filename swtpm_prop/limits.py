@@ -100,6 +100,9 @@ VALIDITY_BYTES = 1024
 METADATA_BYTES_MOST = 64 * 1024 * 1024
 """Largest signed metadata of a store; the list of 100,000 certificates has 25 MB."""
 
+REVOKED_BYTES = 256 * 1024 * 1024
+"""Most that a publisher remembers of what was revoked: hundreds of kernels with all modules, each 0.2 to 0.7 MB."""
+
 ROOT_BYTES = 512 * 1024
 """Largest root of a store; one with twenty keys has 8 kB."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from swtpm_prop.errors import StoreError, TrustError
-from swtpm_prop.limits import METADATA_BYTES_MOST
+from swtpm_prop.limits import REVOKED_BYTES
 from swtpm_prop.trust.certificate import Certificate
 from swtpm_prop.trust.files import read_file, write_file
 from swtpm_prop.trust.floors import ALL, Floors, below, checked, joined, reaches
@@ -58,7 +58,7 @@ class Revoked:
         if not path.exists():
             return cls({}, {}, {}, {})
         try:
-            value = json.loads(read_file(path, METADATA_BYTES_MOST))
+            value = json.loads(read_file(path, REVOKED_BYTES))
             marks = (_marks_in(value[name]) for name in ("digests", "lowered"))
             return cls(dict(value["certificates"]), checked(value["floors"]), *marks)
         except (ValueError, TypeError, KeyError, AttributeError, TrustError) as error:
@@ -71,8 +71,8 @@ class Revoked:
             StoreError: ``store.revoked-full``.
         """
         data = json.dumps(vars(self), indent=1, sort_keys=True, default=sorted).encode() + b"\n"
-        if len(data) > METADATA_BYTES_MOST:
-            what = f"'{path}' would have more than {METADATA_BYTES_MOST} bytes"
+        if len(data) > REVOKED_BYTES:
+            what = f"'{path}' would have more than {REVOKED_BYTES} bytes"
             raise StoreError("store.revoked-full", what, "make a new store, with what is good")
         write_file(path, data)
 

@@ -287,6 +287,14 @@ def test_a_revoked_certificate_spares_what_newer_versions_have(keeper: Keeper) -
     assert record["digests"] == {"linux": {"6.1.0-1": sorted(each.hex()[:32] for each in digests_of(B).values())}}
 
 
+def test_what_cannot_be_remembered_is_not_revoked(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper.add(versioned("kernel", *map(str, range(99))))
+    monkeypatch.setattr("swtpm_prop.trust.revoked.REVOKED_BYTES", 5000)
+    assert error_of(lambda: revoke(keeper, below=("linux", "100"))) == "store.revoked-full"
+    assert len(ids_in(keeper)) == 1
+    assert not (keeper.publisher.directory / "revoked.json").exists()
+
+
 def test_who_names_what_is_revoked_with_it(keeper: Keeper) -> None:
     keeper.add(certificate(A), certificate(A, begins=1))
     shown = run("revoke", keeper.publisher.directory, min(ids_in(keeper)))
