@@ -243,6 +243,8 @@ def test_units_are_whole_and_not_enabled(root: Path) -> None:
     service = (units / "swtpm-prop-sync.service").read_text()
     assert "ExecStart=/usr/bin/swtpm-prop store sync\n" in service
     assert "ReadWritePaths=/var/lib/swtpm-prop /run/swtpm-prop\n" in service
+    # Without it root may not open /dev/tpmrm0, which udev gives to user and group tss alone.
+    assert "CapabilityBoundingSet=CAP_DAC_OVERRIDE\n" in service
     assert "ExecStart=/usr/bin/swtpm-prop agent\n" in (units / "swtpm-prop-agent.service").read_text()
     for unit in UNITS:
         text = (units / unit).read_text()
