@@ -1,4 +1,4 @@
-"""``swtpm-prop store init | root | add | revoke | publish``: what the publisher of a store does."""
+"""``swtpm-prop store init | root | add | revoke | remove | publish``: what the publisher of a store does."""
 
 from __future__ import annotations
 
