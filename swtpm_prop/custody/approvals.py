@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from swtpm_prop.custody.policy import Approval, Authorization, approved, to_sign
 from swtpm_prop.errors import HostError, TrustError
 from swtpm_prop.layout import Layout
-from swtpm_prop.limits import APPROVAL_LIST_BYTES, APPROVALS, LABEL_CHARS, PCRS
+from swtpm_prop.limits import APPROVAL_LIST_BYTES, APPROVALS, EPOCH_STEPS, LABEL_CHARS, PCRS
 from swtpm_prop.tpm.algorithms import SHA256
 from swtpm_prop.trust import dsse, files, keys, strict_json
 from swtpm_prop.trust.issuers import Trust
@@ -129,9 +129,13 @@ def raise_to(approvals: ApprovalList, key: SigningKey, epoch: int) -> ApprovalLi
     Raises:
         TrustError: ``approvals.key``, ``approvals.epoch``.
     """
-    if not approvals.epoch < epoch <= _COUNT_MOST:
+    furthest = min(approvals.epoch + EPOCH_STEPS, _COUNT_MOST)
+    if not approvals.epoch < epoch <= furthest:
+        # No host would go further at once, and none ever goes back.
         raise TrustError(
-            "approvals.epoch", f"epoch {epoch} is not after the list's, {approvals.epoch}", "name a later one"
+            "approvals.epoch",
+            f"epoch {epoch} is not one from {approvals.epoch + 1} to {furthest}",
+            "name one of these; to go further, bring each edition to all hosts before the next",
         )
     return _edition(approvals, key, epoch, approvals.approvals)
 
@@ -273,7 +277,8 @@ def install(layout: Layout, data: bytes, public: EllipticCurvePublicKey) -> Appr
     The caller raises the TPM's epoch counter to the list's epoch.
 
     Raises:
-        TrustError: as `verify`; ``approvals.older``, ``approvals.fork``; ``trust.file-unwritable``.
+        TrustError: as `verify`; ``approvals.older``, ``approvals.epoch``, ``approvals.fork``;
+            ``trust.file-unwritable``.
     """
     new = verify(data, public)
     path = layout.approvals / f"{new.authority}.json"
@@ -283,6 +288,13 @@ def install(layout: Layout, data: bytes, public: EllipticCurvePublicKey) -> Appr
             "approvals.older",
             f"edition {new.sequence} of epoch {new.epoch} is older than the installed {old.sequence} of {old.epoch}",
             "get the authority's newest list",
+        )
+    if old is not None and new.epoch - old.epoch > EPOCH_STEPS:
+        # Its TPM would not follow, and this host could never take a list with a sounder epoch.
+        raise TrustError(
+            "approvals.epoch",
+            f"epoch {new.epoch} is more than {EPOCH_STEPS} after the installed list's, {old.epoch}",
+            "ask the authority whether it is a mistake; if not, take the editions between first",
         )
     if old is not None and new.sequence == old.sequence and new[:3] + _signed(new) != old[:3] + _signed(old):
         raise TrustError(

@@ -16,7 +16,7 @@ from swtpm_prop.custody.approvals import ApprovalList, Difference
 from swtpm_prop.custody.policy import approved, to_sign
 from swtpm_prop.errors import HostError, TrustError
 from swtpm_prop.layout import Layout
-from swtpm_prop.limits import APPROVAL_LIST_BYTES
+from swtpm_prop.limits import APPROVAL_LIST_BYTES, EPOCH_STEPS
 from swtpm_prop.trust import dsse, issuers, keys
 from swtpm_prop.trust.certificate import PAYLOAD_TYPE
 
@@ -70,7 +70,8 @@ def test_the_epoch_of_a_fleet_goes_up_to_that_of_a_used_tpm() -> None:
     raised = approvals.raise_to(two(), AUTHORITY, 40)
     assert approvals.verify(approvals.sign(raised, AUTHORITY), PUBLIC) == raised
     assert {approval.epoch for approval in raised.approvals} == {40}
-    for epoch in (40, 39, -1, 2**63):
+    # a slip of the pen must not take the fleet where no TPM follows and nobody comes back from
+    for epoch in (40, 39, -1, 40 + EPOCH_STEPS + 1, 2**63):
         refused("approvals.epoch", lambda epoch=epoch: approvals.raise_to(raised, AUTHORITY, epoch))  # type: ignore[misc]
 
 
@@ -230,6 +231,8 @@ def test_there_are_no_two_editions_with_one_number(tmp_path: Path) -> None:
     again = two()
     assert again.approvals[0].signature != two().approvals[0].signature
     approvals.install(layout, approvals.sign(again, AUTHORITY), PUBLIC)
+    far = approvals.raise_to(approvals.raise_to(one(), AUTHORITY, 2), AUTHORITY, 2 + EPOCH_STEPS)
+    refused("approvals.epoch", lambda: approvals.install(layout, approvals.sign(far, AUTHORITY), PUBLIC))
     fork = approvals.approve(one(), AUTHORITY, "another", APPROVED, state(6))
     refused("approvals.fork", lambda: approvals.install(layout, approvals.sign(fork, AUTHORITY), PUBLIC))
 
