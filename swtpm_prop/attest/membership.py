@@ -195,7 +195,17 @@ def _opened(hardware: Hardware, path: Path) -> ec.EllipticCurvePrivateKey:
         ) from None
     if not isinstance(file.item, Sealed):
         raise HostError("host.tls-key", f"'{path}' is no sealed key", "enrol this host again: swtpm-prop host enroll")
-    return ec.derive_private_key(int.from_bytes(hardware.unseal(file.item), "big"), _CURVE)
+    try:
+        scalar = hardware.unseal(file.item)
+    except HostError as error:
+        if error.id != "tpm.foreign-object":
+            raise
+        raise HostError(
+            error.id,
+            "this host's TLS key does not belong to its TPM, which is another one or has lost its storage parent",
+            "make and enrol its keys anew: swtpm-prop host init, then swtpm-prop host enroll",
+        ) from error
+    return ec.derive_private_key(int.from_bytes(scalar, "big"), _CURVE)
 
 
 def _write(path: Path, data: bytes) -> None:

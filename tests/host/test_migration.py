@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from uuid import uuid4
 
 import pytest
 from fleet import APPROVED, Fleet
@@ -69,7 +70,7 @@ class Traveller:
 
 @pytest.fixture(scope="module")
 def traveller(fleet: Fleet, direct: Domain) -> Iterator[Traveller]:
-    machine = fleet.define(fleet.keeper, replace(direct, name="traveller", banks=()))
+    machine = fleet.define(fleet.keeper, replace(direct, uuid=str(uuid4()), name="traveller", banks=()))
     try:
         made = Traveller(fleet, machine)
         for line in (
@@ -162,7 +163,7 @@ def source_silent(fleet: Fleet, source: Host, _to: Host) -> Iterator[None]:
 
 REFUSALS: dict[str, tuple[Callable[..., object], str]] = {
     "not enrolled": (not_enrolled, "host.not-enrolled"),
-    "another parent than the certified one": (another_parent, "attest.[a-z-]+"),
+    "another parent than the certified one": (another_parent, "tpm.foreign-object"),
     "in a state that is not approved any more": (changed_since_approved, "transfer.state-not-approved"),
     "source cannot be asked": (source_silent, "transfer.unreachable"),
 }
@@ -180,6 +181,17 @@ def test_refused(traveller: Traveller, other: Host, spoiled: Callable[..., objec
 
 def test_refused_by_a_host_that_was_never_approved(traveller: Traveller):
     refused(traveller, traveller.fleet.members["stranger"].host, "transfer.state-not-approved")
+
+
+def test_no_key_goes_where_no_guest_is_sent(traveller: Traveller, other: Host):
+    """Root of an approved host asks for the key of a guest that merely runs elsewhere."""
+    source = traveller.machine.host
+    xml = source.virsh("dumpxml", traveller.uuid)
+    asked = other.run([Layout().hook, "traveller", "migrate", "begin", "-"], stdin=xml, check=False)
+    assert asked.returncode == 1
+    assert "[transfer.not-migrating]" in asked.stderr
+    assert traveller.fleet.transfers(source) == traveller.fleet.transfers(other) == []
+    assert traveller.machine.state() == "running"
 
 
 def refused(traveller: Traveller, to: Host, id: str) -> None:
