@@ -21,7 +21,7 @@ MEANING = {
     Side.SOURCE: {
         State.OFFERED: "the peer has got the key; whether the guest will run there is open",
         State.MOVED: "the guest has left for the peer, which has not said yet that it runs",
-        State.YIELDED: "the guest runs at the peer; what is left of it here must end",
+        State.YIELDED: "the guest runs at the peer; what is left of it here must end: virsh destroy, if it stays",
         State.RELEASED: "the guest is with the peer; its key and TPM state are destroyed here",
         State.KEPT: "you said that the guest is here; the peer is not known to know",
         State.CANCELLED: "the guest stayed here; the peer is not known to know",
@@ -35,7 +35,7 @@ MEANING = {
         State.LEFT: "what should receive the guest has ended; whether the guest ran in it is open",
         State.ACTIVATED: "the guest is here; the peer is not known to have let go of it",
         State.CLAIMED: "you said that the guest is here; the peer is not known to know",
-        State.REJECTED: "the guest stayed with the peer; what should receive it here must end",
+        State.REJECTED: "the guest stayed with the peer; what should receive it here must end: virsh destroy, if it stays",
         State.OVERRULED: "the guest ran here, and somebody said at the peer that it is there",
         State.CANCELLED: "the guest did not come; the peer is not known to know",
         State.CLOSED: "the guest did not come",
