@@ -31,7 +31,7 @@ from swtpm_prop.trust.floors import Floors
 from swtpm_prop.trust.repository import Change, Missing, State, Wanted
 from swtpm_prop.trust.revoked import Revoked
 from swtpm_prop.trust.signers import Ask, open_signers
-from swtpm_prop.trust.sources import COMPONENT, Subject
+from swtpm_prop.trust.sources import COMPONENT
 
 T = TypeVar("T")
 Running = Callable[[Sequence[T], str], Any]
@@ -47,9 +47,12 @@ _VERSIONED = re.compile(r"([1-9][0-9]{0,9})\.(root|targets|snapshot)\.json")
 
 
 class Revocation(NamedTuple):
-    """Ids of certificates: revoked as asked, revoked because they cover some of the same as well, and those that stay
+    """Ids of certificates.
 
-    but no longer count for all that they say.
+    Attributes:
+        revoked: as asked.
+        covering: revoked with them: they cover some of the same under another name, or other things besides.
+        limited: they stay, but no longer count for all that they say.
     """
 
     revoked: tuple[str, ...]
@@ -182,7 +185,7 @@ class Publisher:
                 raise _absent(held.values(), floors)
             record.lower(floors, (one for found in low.values() for one in found))
             dead = {file: subjects for file in low if (subjects := record.dead(held[file]))}
-            going |= {file for file, old in dead.items() if len(old) == len(_like(held[file], old[0]))}
+            going |= {file for file, old in dead.items() if len(old) == len(held[file].subjects)}
             staying = held.keys() - going - dead.keys()
             record.forgive(subject for file in staying for subject in held[file].subjects)
             covering = dead.keys() - going | {file for file in staying if record.condemned(held[file])}
@@ -366,11 +369,6 @@ class Publisher:
 
 def _certificates(targets: Iterable[str]) -> set[str]:
     return {target for target in targets if not target.startswith(news.PREFIX)}
-
-
-def _like(one: Certificate, other: Subject) -> list[Subject]:
-    """Those of its subjects that are of the same component."""
-    return [subject for subject in one.subjects if subject.annotations.get(COMPONENT) == other.annotations[COMPONENT]]
 
 
 def _find(ids: Mapping[Path, str], beginning: str) -> set[Path]:

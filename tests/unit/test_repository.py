@@ -223,6 +223,17 @@ def test_revoke_all_below_a_version(keeper: Keeper) -> None:
     keeper.add(versioned("next", "6.1.170-1"))
 
 
+def test_who_loses_good_things_with_a_bad_kernel_is_told(keeper: Keeper, host: Follower) -> None:
+    release = certificates_of(linux("6.1.0-1", B), linux("2.06-1", C, component="grub2"))
+    keeper.add(release)
+    done = revoke(keeper, below=("linux", "6.1.153-1"))
+    assert (done.revoked, done.covering) == ((), (identity(release),))
+    keeper.add(certificates_of(linux("2.06-1", C, component="grub2")))
+    keeper.publish()
+    host.sync()
+    assert host.certified(A, B, C) == [A, C]
+
+
 def test_a_component_that_is_not_there_is_not_revoked(keeper: Keeper) -> None:
     keeper.add(versioned("signed", "6.1.192+2", component="linux-signed-amd64"), certificate(A))
     words = ("revoke", keeper.publisher.directory, "--below", "6.1.193", "--component")
