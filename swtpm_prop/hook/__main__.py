@@ -11,8 +11,8 @@ from swtpm_prop.layout import Layout
 from swtpm_prop.limits import DOMAIN_XML_BYTES
 
 if __name__ == "__main__":
-    # A guest waits. Whoever lives for a tenth of a second has no garbage, and the kernel tidies up after it in less time
-    # than the interpreter, which takes a sixth of all for that.
+    # A guest waits. What lives for a tenth of a second has no garbage to look for, and the kernel tidies up after it at
+    # once; the interpreter takes a sixth of all the time for that.
     gc.disable()
     status = run(sys.argv[1:], sys.stdin.buffer.read(DOMAIN_XML_BYTES + 1), Layout())
     sys.stdout.flush()
