@@ -35,7 +35,7 @@ MEANING = {
         State.LEFT: "what should receive the guest has ended; whether the guest ran in it is open",
         State.ACTIVATED: "the guest is here; the peer is not known to have let go of it",
         State.CLAIMED: "you said that the guest is here; the peer is not known to know",
-        State.REJECTED: "the guest stayed with the peer; what should receive it here must end: virsh destroy, if it stays",
+        State.REJECTED: "the guest stayed with the peer; what should receive it must end: virsh destroy, if it stays",
         State.OVERRULED: "the guest ran here, and somebody said at the peer that it is there",
         State.CANCELLED: "the guest did not come; the peer is not known to know",
         State.CLOSED: "the guest did not come",
