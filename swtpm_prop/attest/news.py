@@ -13,6 +13,7 @@ from swtpm_prop.custody.hardware import Hardware
 from swtpm_prop.errors import TrustError
 from swtpm_prop.layout import Layout
 from swtpm_prop.trust import issuers
+from swtpm_prop.trust.files import exclusive
 from swtpm_prop.trust.news import PREFIX
 
 _CRL = b"-----BEGIN X509 CRL-----"
@@ -70,7 +71,13 @@ def install(layout: Layout, data: bytes) -> Installed:
     Raises:
         TrustError: as `approvals.install`; ``approvals.authority-unknown``; of the trust file.
         AttestError: as `membership.install_crl`.
+        StoreError: ``store.busy``: another process does so, and what it puts there may be newer; ``store.directory``.
     """
+    with exclusive(layout.state, "what the fleet says"):
+        return _install(layout, data)
+
+
+def _install(layout: Layout, data: bytes) -> Installed:
     if is_crl(data):
         newer = membership.install_crl(layout, data)
         return Installed("the fleet's list of revoked certificates" + ("" if newer else ", known already"), 0)

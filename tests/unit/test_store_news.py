@@ -17,11 +17,12 @@ from hardware import HardwareTpm
 from storekeeper import Follower, Keeper, certificate
 
 from swtpm_prop.attest import membership
-from swtpm_prop.attest.news import identify
+from swtpm_prop.attest.news import identify, install
 from swtpm_prop.cli import store
 from swtpm_prop.custody import approvals
 from swtpm_prop.custody.approvals import ApprovalList
 from swtpm_prop.errors import Error
+from swtpm_prop.trust.files import exclusive
 from swtpm_prop.trust.keys import keyid
 
 PROPERTY = f"{PREFIX}/approved-host"
@@ -213,3 +214,9 @@ def test_a_mirror_that_exchanges_them(net: Net, approved: ApprovalList) -> None:
     (target,) = (net.keeper.public / "targets/news").iterdir()
     target.write_bytes(target.read_bytes()[::-1])
     assert error(net.sync()) == "store.mismatch"
+
+
+def test_two_that_install_at_once_do_not_bring_an_older_edition_back(net: Net) -> None:
+    with exclusive(net.host.layout.state, "what the fleet says"), pytest.raises(Error) as refused:
+        install(net.host.layout, CA.crl)
+    assert refused.value.id == "store.busy"
