@@ -235,8 +235,8 @@ class Settler:
                 this; or the other way round.
 
         Raises:
-            TransferError: ``transfer.decided``, ``transfer.none``, ``transfer.runs-there``, ``transfer.runs-here``;
-                the journal cannot be used.
+            TransferError: ``transfer.decided``, ``transfer.none``, ``transfer.runs-there``, ``transfer.runs-here``,
+                ``transfer.unseen``; the journal cannot be used.
         """
         self.observe(uuid, *machine.seen(self._eyes.presence(uuid)))
         answers = self.settle(uuid)
@@ -263,7 +263,13 @@ class Settler:
                 f"host '{transfer.peer}' answers that the guest is there ({answer.state})",
                 "migrate it back, or destroy it there first",
             )
-        if not here and self._eyes.presence(transfer.uuid) not in (Presence.GONE, Presence.UNSEEN):
+        presence = self._eyes.presence(transfer.uuid)
+        if not here and presence is Presence.UNSEEN:
+            # QEMU runs on while its libvirt is down.
+            raise TransferError(
+                "transfer.unseen", "nobody can see whether the guest is on this host", "start libvirt here first"
+            )
+        if not here and presence is not Presence.GONE:
             raise TransferError(
                 "transfer.runs-here", "the guest is on this host", "destroy it first, if it must not be"
             )

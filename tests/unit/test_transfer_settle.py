@@ -304,12 +304,18 @@ def test_a_release_is_lifted_when_the_peer_is_lost(a: SimulatedHost, b: Simulate
     a.hook.gate(UUID)
 
 
-def test_an_operator_cannot_send_away_what_runs_here(a: SimulatedHost, b: SimulatedHost, network: Network) -> None:
+@pytest.mark.parametrize(
+    ("seen", "id"), [(Presence.RUNS, "transfer.runs-here"), (Presence.UNSEEN, "transfer.unseen")], ids=str
+)
+def test_an_operator_cannot_send_away_what_may_run_here(
+    a: SimulatedHost, b: SimulatedHost, network: Network, seen: Presence, id: str
+) -> None:
     hand_over(a, b, ONE)
     network.down.add("b")
+    a.seen = seen
     with pytest.raises(TransferError) as caught:
         a.agent.resolve(UUID, here=False)
-    assert caught.value.id == "transfer.runs-here"
+    assert caught.value.id == id
 
 
 def test_nothing_to_resolve(a: SimulatedHost) -> None:
