@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
 
+from swtpm_prop.account import swtpm_account
 from swtpm_prop.cli.key import command
 from swtpm_prop.custody import keys, opening, state
 from swtpm_prop.custody.form import PERMANENT, Form, form
@@ -59,14 +60,25 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[CustodyHost], CustodyHost]
     return be_on
 
 
+@pytest.fixture(scope="module")
+def plain() -> Iterator[Path]:
+    """A plain TPM state, with the banks that the domain needs."""
+    with memory_directory() as directory:
+        make_state(directory / "tpm2", swtpm_account(Layout(directory)))
+        yield directory / "tpm2" / PERMANENT
+
+
 @pytest.fixture
 def host(
-    tpms: tuple[HardwareTpm, HardwareTpm], authority: Authority, use: Callable[[CustodyHost], CustodyHost]
+    tpms: tuple[HardwareTpm, HardwareTpm],
+    plain: Path,
+    authority: Authority,
+    use: Callable[[CustodyHost], CustodyHost],
 ) -> Iterator[CustodyHost]:
     """A host with a guest whose TPM state is encrypted."""
     with memory_directory() as root:
         made = use(CustodyHost(root, tpms[0], authority))
-        make_state(made.layout.guest_tpm(UUID), made.account)
+        made.keep_state(plain)
         assert made.hook("prepare", domain()) == 0
         yield made
 
