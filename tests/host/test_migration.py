@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -235,3 +236,33 @@ def test_a_guest_whose_metadata_does_not_allow_it(fleet: Fleet):
         with pytest.raises(LabError, match=ONE_LINE.format("migration.not-allowed")):
             machine.migrate(to)
         assert machine.state() == "running"
+
+
+LEFT_OUT = {
+    "all": r"<metadata>.*</metadata>",
+    "custody and migration": r"<prop:(custody|migration) [^>]*>",
+}
+
+
+@pytest.mark.parametrize("pattern", LEFT_OUT.values(), ids=LEFT_OUT)
+def test_metadata_left_out_on_the_way_open_nothing(fleet: Fleet, pattern: str):
+    """``--xml`` keeps our hook from doing anything; the stream is encrypted all the same, and no TPM there takes it."""
+    source, to = (fleet.members[name].host for name in ("gold", "silver"))
+    machine = fleet.define(source, Domain(name="stripped", memory=64))
+    uuid = machine.domain.uuid
+    try:
+        machine.start()
+        whole = source.virsh("dumpxml", "--migratable", uuid)
+        stripped = re.sub(pattern, "", whole, flags=re.S)
+        assert stripped != whole
+        source.put("/run/stripped.xml", stripped)
+        words = ("--p2p", "--live", "--unsafe", "--xml", "/run/stripped.xml")
+        with pytest.raises(LabError):
+            source.virsh("migrate", uuid, f"qemu+tcp://{to.name}/system", *words)
+        assert machine.state() == "running"
+        assert fleet.transfers(source) == fleet.transfers(to) == []
+        assert not at(to, Layout().guest_key(uuid)).exists()
+        assert uuid not in to.virsh("list", "--all", "--uuid")
+        assert eventually(lambda: processes(to, "swtpm") == run_directories(to) == [])
+    finally:
+        machine.remove()
