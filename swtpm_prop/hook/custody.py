@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from swtpm_prop.account import Account
@@ -190,12 +188,10 @@ def _kept(uuid: str, layout: Layout) -> Kept:
 
 def _look_at_memory(layout: Layout) -> None:
     """A key in a file may only ever be in memory: a disk does not forget."""
+    from swtpm_prop.custody import mounts
+
     make_directory(layout.run, 0o755)
-    device = layout.run.stat().st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    mounts = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines())
-    kinds = {fields[fields.index("-") + 1] for fields in mounts if fields[2] == wanted}
-    if not kinds & {"tmpfs", "ramfs"}:
+    if mounts.kind(layout.run) not in mounts.MEMORY:
         raise HostError(
             "host.run-on-disk",
             f"{layout.run} is not in memory: the keys of guests would be written to a disk",

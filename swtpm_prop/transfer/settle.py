@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import ClassVar, NamedTuple
 
-from swtpm_prop.custody import keys
+from swtpm_prop.custody import keys, mounts
 from swtpm_prop.custody.keys import KeyRecord
 from swtpm_prop.custody.objects import ImportBlob
 from swtpm_prop.errors import Error, TransferError
@@ -401,8 +401,11 @@ class Settler:
         return transfer
 
     def _remove_state(self, transfer: Transfer) -> Transfer:
-        with suppress(FileNotFoundError):
-            shutil.rmtree(self._layout.guest_tpm(transfer.uuid).parent)
+        place = self._layout.guest_tpm(transfer.uuid).parent
+        # On shared storage it is the destination's by now, and the guest's only one. What stays opens here no more.
+        if mounts.kind(place) in mounts.OWN:
+            with suppress(FileNotFoundError):
+                shutil.rmtree(place)
         return transfer
 
     def _halt(self, transfer: Transfer) -> Transfer:

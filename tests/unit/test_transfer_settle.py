@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transfers import BLOB, UUID, Clock, Network, SimulatedHost, hand_over, key_record, migrate, switch_over
 
-from swtpm_prop.custody import keys
+from swtpm_prop.custody import keys, mounts
 from swtpm_prop.errors import TransferError
 from swtpm_prop.transfer.journal import Transfer
 from swtpm_prop.transfer.machine import Event, Presence, Side, State
@@ -411,3 +411,12 @@ def test_actions_are_done_again_after_a_crash(
     a.agent.settle(UUID)
     assert not a.opens
     assert not a.has_state
+
+
+def test_a_state_on_shared_storage_is_the_destinations(
+    a: SimulatedHost, b: SimulatedHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mounts, "kind", lambda place: "nfs4")
+    migrate(a, b, ONE)
+    assert a.states() == ["released"]
+    assert (a.opens, a.has_state) == (False, True)
