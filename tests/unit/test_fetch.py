@@ -22,6 +22,9 @@ from storekeeper import Follower, Keeper, certificate
 from swtpm_prop.errors import Error, StoreError
 from swtpm_prop.trust.fetch import Fetcher, address
 
+SHUT_SECONDS = 0.02
+"""How often a server looks whether it is to end; every test waits for that."""
+
 
 @pytest.mark.parametrize(
     ("source", "url"),
@@ -57,7 +60,7 @@ class Server:
         context.load_cert_chain(self.ca)
         self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(SHUT_SECONDS,), daemon=True).start()
         self.url = f"https://127.0.0.1:{self._server.server_port}/"
 
     def close(self) -> None:
@@ -195,7 +198,7 @@ def test_a_proxy_is_used_where_the_environment_names_one(
             """Quiet."""
 
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
-    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    threading.Thread(target=proxy.serve_forever, args=(SHUT_SECONDS,), daemon=True).start()
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.server_port}")
     monkeypatch.delenv("no_proxy", raising=False)
     try:

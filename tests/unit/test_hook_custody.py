@@ -63,8 +63,11 @@ def directory(host: CustodyHost) -> Path:
 
 
 def put(directory: Path, content: bytes, host: CustodyHost) -> None:
+    """A TPM state whose banks are active already: this is not about them."""
     (directory / PERMANENT).write_bytes(content)
     os.chown(directory / PERMANENT, *host.account)
+    host.layout.guests.mkdir(exist_ok=True)
+    host.layout.guest_marker(UUID).write_text("sha256,sha384\n")
 
 
 def handed_over(host: CustodyHost) -> bytes | None:
@@ -107,9 +110,6 @@ def arrange(host: CustodyHost, directory: Path, plain: Path, have: Kept, there: 
     if there is Form.ENCRYPTED:
         state.convert(state.place(UUID, host.account, host.layout), None, key or bytes(32))
     assert form(directory) is there
-    # Its banks are active already: this is not about them.
-    host.layout.guests.mkdir()
-    host.layout.guest_marker(UUID).write_text("sha256,sha384\n")
     return key
 
 
