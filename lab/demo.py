@@ -14,42 +14,36 @@ import click
 
 from lab import guest, image
 from lab.debian import cache, kernel
+from lab.demo_fleet import FleetDemo
 from lab.domain import Domain
 from lab.host import Host, laboratory
 from lab.machine import Machine
-from lab.process import ENVIRONMENT, LabError
-from lab.seal import Seal
-from lab.stage import Answer, Pcrs, Stage, measured, refused, word
+from lab.process import LabError
+from lab.scene import DESK, DISK, PROPERTIES, PROPERTY, RAW, SECRET, Scene
+from lab.stage import Stage
 from swtpm_prop.cli import output
 
 ISSUER = "https://example.org/images"
-PROPERTY = "https://example.org/properties/debian-12-boot"
 TRUST = f"""[[issuer]]
 id = "{ISSUER}"
 keys = ["images.pem"]
 prefixes = ["https://example.org/properties/"]
 threshold = 1
 """
-DESK = "run/demo"  # where the operator works on the host
-DISK = "/var/lib/libvirt/images/web1.raw"
-SECRET = "the key of web1's disk"
-RAW, PROPERTIES = Seal("sha256", "0x81000001"), Seal("sha384", "0x81000002")
 NOT_CERTIFIED = "grep -o 'PCR.*not certified.*'"
 KERNEL_PCRS = {4, 9, 11}
 
 
-class Demo:
+class Demo(Scene):
     """One host, one guest, three kernels: the first, its update, and one that nobody certified."""
 
     def __init__(self, stage: Stage, host: Host, kernels: list[str]) -> None:
-        self.stage = stage
+        super().__init__(stage, Machine(host, Domain(name="web1", firmware="ovmf", disk=Path(DISK))))
         self.host = host
         self.kernels = kernels
         (host.root / DESK).mkdir()
         self.files = [f"linux-{release(package).split('-cloud')[0]}.efi" for package in kernels]
-        self.machine = Machine(host, Domain(name="web1", firmware="ovmf", disk=Path(DISK)))
-        self.held = self.policy = ""
-        self.last: Pcrs = {}
+        self.policy = ""
         self.results: list[tuple[str, str, str, str]] = []
 
     # -- the story ------------------------------------------------------------------------------
@@ -149,7 +143,7 @@ class Demo:
                 self.in_guest(line)
         policy = self.machine.console.get(PROPERTIES.policy).hex()
         self.stage.promise("the policy is the one predicted", policy == self.policy)
-        self.unseal("by its reference boot", raw=True, properties=True)
+        self.unseal_both("by its reference boot", raw=True, properties=True)
         self.on_host("virsh -q destroy web1")
 
     def certified_update(self) -> None:
@@ -163,7 +157,7 @@ class Demo:
         self.replace_kernel(self.files[1])
         self.boot()
         self.check_states(self.show_pcrs(), broken=set())
-        self.unseal("from its file", raw=False, properties=True)
+        self.unseal_both("from its file", raw=False, properties=True)
         self.on_host("virsh -q destroy web1")
 
     def uncertified_kernel(self) -> None:
@@ -174,9 +168,9 @@ class Demo:
         self.replace_kernel(self.files[2])
         self.boot()
         self.check_states(self.show_pcrs(), broken=KERNEL_PCRS)
-        self.unseal("no", raw=False, properties=False)
+        self.unseal_both("no", raw=False, properties=False)
         self.stage.say("The host knows which measurements broke it:")
-        status, _ = self.stage.attempt("host", "swtpm-prop domain status web1", self._host)
+        status, _ = self.attempt_on(self.host, "swtpm-prop domain status web1")
         self.stage.promise("exit status 1 says that the guest is not held", status == 1)
         said = self.on_host(f"swtpm-prop domain log web1 | {NOT_CERTIFIED}")
         self.stage.promise("the log names what broke PCR 4", said.startswith("PCR 4 ") and "unknown" in said)
@@ -197,58 +191,14 @@ class Demo:
             f"      {source} --output {certificate} | cut -c1-100 | sed -n 1,12p"
         )
 
-    def replace_kernel(self, file: str) -> None:
-        self.on_host(f"mcopy -o -i {DISK}@@1M {file} {image.BOOT}")
-
-    def boot(self) -> None:
-        self.machine.console.attach(self.host)
-        self.on_host("virsh -q start web1")
-        with self.stage.working("OVMF, systemd's stub, the kernel and a shell come up (emulated, so slowly)"):
-            self.machine.console.wait_ready()
-        self.in_guest("uname -r")
-
-    def show_pcrs(self) -> Pcrs:
-        now = self.machine.pcrs()
-        self.stage.pcrs(self.last, now, PROPERTIES.bank, self.held)
-        self.last = now
-        return now
-
-    def check_states(self, now: Pcrs, broken: set[int]) -> None:
-        words = {pcr: word(now[PROPERTIES.bank][pcr], self.held) for pcr in measured(now)}
-        wanted = {pcr: "broken" if pcr in broken else "held" for pcr in words}
-        what = f"PCRs {', '.join(map(str, sorted(broken)))} are broken, the others held" if broken else "all are held"
-        self.stage.promise(what, words == wanted)
-
-    def unseal(self, certified: str, *, raw: bool, properties: bool) -> None:
+    def unseal_both(self, certified: str, *, raw: bool, properties: bool) -> None:
         """Try both banks on the kernel that runs now, knowing what must come of it."""
-        raw_word = self.unseal_from("raw", RAW, possible=raw)
-        property_word = self.unseal_from("property", PROPERTIES, possible=properties)
+        raw_word = self.unseal("raw", RAW, possible=raw)
+        property_word = self.unseal("property", PROPERTIES, possible=properties)
         self.results.append((self.machine.console.check("uname -r").strip(), certified, raw_word, property_word))
 
-    def unseal_from(self, name: str, seal: Seal, *, possible: bool) -> str:
-        self.stage.say(f"Unseal from the {name} bank:")
-        answer = self.stage.attempt("guest", seal.unseal, self._guest)
-        if possible:
-            self.stage.promise("it unseals", answer == (0, SECRET))
-        else:
-            self.stage.promise("it is refused", refused(answer))
-        return output.paint("unseals", "green") if answer[0] == 0 else output.paint("refused", "red")
-
     def on_host(self, line: str) -> str:
-        return self.stage.command("host", line, self._host)
-
-    def in_guest(self, line: str) -> str:
-        return self.stage.command("guest", line, self._guest)
-
-    def _host(self, line: str) -> Answer:
-        path = f"{Path(sys.prefix) / 'bin'}:{ENVIRONMENT['PATH']}"
-        shell = ["env", f"PATH={path}", "bash", "-o", "pipefail", "-c", f"cd /{DESK}; {line}"]
-        # away from the terminal: virsh would look for a polkit agent there
-        done = self.host.run(["setsid", "-w", *shell], check=False)
-        return done.returncode, done.stdout + done.stderr
-
-    def _guest(self, line: str) -> Answer:
-        return self.machine.console.run(line)
+        return self.on(self.host, line)
 
 
 def release(package: str) -> str:
@@ -265,8 +215,10 @@ def main() -> int:
     try:
         with stage.working("fetching three kernels from the Debian archive, if not here yet"):
             kernels = guest.kernels(3)
-        with laboratory("host") as (_, (host,)):
-            Demo(stage, host, kernels).play()
+        with laboratory("host-a", "host-b", "host-c") as (work, hosts):
+            demo = Demo(stage, hosts[0], kernels)
+            demo.play()
+            FleetDemo(demo, work, hosts, demo.files[1]).play()
     except LabError as error:
         stage.promise(str(error), kept=False)
     except KeyboardInterrupt:

@@ -110,7 +110,7 @@ class Stage:
         return 1 if self.broken_promises else 0
 
     def _shown(self, where: str, line: str, run: Callable[[str], Answer]) -> Answer:
-        click.secho(f"{where}# ", fg="blue" if where == "host" else "magenta", bold=True, nl=False)
+        click.secho(f"{where}# ", fg="magenta" if where == "guest" else "blue", bold=True, nl=False)
         click.secho(line, bold=True)
         status, said = run(line)
         for text in said.splitlines():
