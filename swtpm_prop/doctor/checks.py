@@ -28,6 +28,7 @@ CHECKS: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
     custody.approvals,
     custody.recovery,
     custody.transfers,
+    custody.keys_in_memory,
     custody.agent,
 )
 

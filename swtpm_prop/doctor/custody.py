@@ -22,6 +22,10 @@ TRANSFER_SECONDS = 600
 """How long a transfer may be open; a large guest with much to copy takes minutes."""
 
 
+START_SECONDS = 300
+"""How long a guest's start may take from its preparation to that of its TPM; it takes a second."""
+
+
 def concerned(patient: Patient) -> bool:
     """Whether this host keeps keys, or was meant to; others need not know of all this."""
     layout = patient.layout
@@ -138,6 +142,14 @@ def transfers(patient: Patient) -> Iterator[Finding]:
                 f"see that the agents run on both hosts; swtpm-prop transfer show {transfer.uuid} says what to do else"
             )
             yield warning("transfer.open", what, mend)
+
+
+def keys_in_memory(patient: Patient) -> Iterator[Finding]:
+    """A key lies in a file from a start's preparation until its TPM has started, unless libvirtd ends in between."""
+    for path in sorted(patient.layout.run.glob("*/state-key")):
+        if time.time() - path.stat().st_mtime > START_SECONDS:
+            what = f"a start of guest {path.parent.name} was cut off, and its key still lies in {path.parent}"
+            yield warning("custody.key-left", what, f"start the guest; or remove {path.parent} while it is off")
 
 
 def agent(patient: Patient) -> Iterator[Finding]:

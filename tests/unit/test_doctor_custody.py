@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import threading
@@ -211,6 +212,17 @@ def test_a_transfer_that_stays_open(layout: Layout) -> None:
     late.begin(offered._replace(id="c" * 32))
     (finding,) = custody.transfers(patient(layout))
     assert (finding.id, finding.state) == ("transfer.open", State.WARNING)
+
+
+def test_a_key_that_a_start_left(layout: Layout) -> None:
+    left = layout.state_key(UUID)
+    left.parent.mkdir()
+    left.write_text("key")
+    assert list(custody.keys_in_memory(Patient(layout, True))) == []
+    os.utime(left, (0, time.time() - custody.START_SECONDS - 1))
+    (found,) = custody.keys_in_memory(Patient(layout, True))
+    assert (found.id, found.state) == ("custody.key-left", State.WARNING)
+    assert str(left.parent) in found.mend
 
 
 def test_an_agent_that_is_enabled(layout: Layout) -> None:
