@@ -36,6 +36,10 @@ class Agent:
         program = Path(sys.prefix) / "bin/swtpm-prop"
         line = f'echo $$ >{PID} && exec "$@" >>{LOG} 2>&1'
         self._host.run(["setsid", "-f", "sh", "-c", line, "sh", program, "agent"])
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until it listens, whoever started it."""
         listening = ["ss", "-Hltn", f"sport = {PORT}"]
         self._await("does not listen", lambda: bool(self._host.run(listening).stdout))
 

@@ -57,7 +57,6 @@ class Demo(Scene):
         self.seal()
         self.certified_update()
         self.uncertified_kernel()
-        self.summary()
 
     def install(self) -> None:
         self.stage.chapter(
@@ -177,9 +176,6 @@ class Demo(Scene):
         self.on_host("virsh -q destroy web1")
 
     def summary(self) -> None:
-        self.stage.chapter(
-            "What was shown", "One secret, sealed once to each bank, by stock tools in an unchanged guest."
-        )
         output.table(("kernel", "certified", "raw bank", "property bank"), self.results)
 
     # -- what recurs ----------------------------------------------------------------------------
@@ -208,7 +204,8 @@ def release(package: str) -> str:
 
 def main() -> int:
     """Play it; 0 if everything was as promised."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.default_int_handler)
     stage = Stage()
     click.secho("swtpm-prop: a TPM that records properties, beside the one that records hashes", bold=True)
     click.echo("A guest's secret is to survive every certified kernel update, and no other. Watch the two banks.")
@@ -218,7 +215,14 @@ def main() -> int:
         with laboratory("host-a", "host-b", "host-c") as (work, hosts):
             demo = Demo(stage, hosts[0], kernels)
             demo.play()
-            FleetDemo(demo, work, hosts, demo.files[1]).play()
+            fleet = FleetDemo(demo, work, hosts, demo.files[1])
+            fleet.play()
+            stage.chapter(
+                "What was shown", "One secret, sealed once to each bank, by stock tools in an unchanged guest."
+            )
+            demo.summary()
+            click.echo()
+            fleet.summary()
     except LabError as error:
         stage.promise(str(error), kept=False)
     except KeyboardInterrupt:

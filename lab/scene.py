@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from lab import image
 from lab.host import Host
 from lab.machine import Machine
 from lab.process import ENVIRONMENT
@@ -48,7 +49,7 @@ class Scene:
         self.in_guest("uname -r")
 
     def replace_kernel(self, file: str) -> None:
-        self.on(self.machine.host, f"mcopy -o -i {DISK}@@1M {file} ::/EFI/BOOT/BOOTX64.EFI")
+        self.on(self.machine.host, f"mcopy -o -i {DISK}@@1M {file} {image.BOOT}")
 
     def show_pcrs(self) -> Pcrs:
         now = self.machine.pcrs()
