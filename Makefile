@@ -1,6 +1,6 @@
 # swtpm-prop: demo, tests, and installation on this host. Works in a clone in any place; run it as root.
 #
-#   make demo      a guest that boots with property PCRs, from nothing, in a libvirt host of its own
+#   make demo      a guest with property PCRs, from nothing, and its move to another host, on libvirt hosts of their own
 #   make test      every test, on real parts
 #   make check     style, types, import rules and the quick tests
 #   make bench     side-by-side measurements

@@ -1,6 +1,7 @@
 """The demonstration (``make demo``): a secret in a guest survives a certified kernel update and no other.
 
 Read it from the top: every shell line in it is run as it stands, on a libvirt host of its own or in the guest on it.
+``demo_fleet`` goes on with the same guest, its secret, and two more hosts.
 """
 
 from __future__ import annotations
@@ -209,6 +210,7 @@ def main() -> int:
     stage = Stage()
     click.secho("swtpm-prop: a TPM that records properties, beside the one that records hashes", bold=True)
     click.echo("A guest's secret is to survive every certified kernel update, and no other. Watch the two banks.")
+    click.echo("Then the guest moves, live, with its TPM: to a host whose own TPM shows a good state, and to no other.")
     try:
         with stage.working("fetching three kernels from the Debian archive, if not here yet"):
             kernels = guest.kernels(3)

@@ -100,8 +100,8 @@ class FleetDemo:
     def enrol(self) -> None:
         self.stage.chapter(
             "A fleet",
-            "Each host makes keys in its TPM and asks; the fleet's keeper answers. Three things tell which TPM that is:\n"
-            "its maker's certificate, its endorsement key, which people compare, and an answer that only it can open.",
+            "Each host makes keys in its TPM and asks; the fleet's keeper answers. Three things tell which TPM it\n"
+            "is: its maker's certificate, its endorsement key, which people compare, and an answer only it can open.",
         )
         self.on(self.here, f"swtpm-prop fleet init fleet && cp fleet/fleet.pem fleet/fleet.crl {SHARED}")
         for host in self.hosts:
@@ -147,8 +147,8 @@ class FleetDemo:
     def take_custody(self) -> None:
         self.stage.chapter(
             "Custody",
-            "The guest gets its certified kernel back, and two more lines of metadata. Its next start encrypts the TPM's\n"
-            "state, the very one that the secret was sealed in, under a key that lies sealed in host-a's TPM.",
+            "The guest gets its certified kernel back, and two more lines of metadata. Its next start encrypts the\n"
+            "state of its TPM, which has the secret, under a key that lies sealed in the TPM of host-a.",
         )
         self.scene.replace_kernel(self.kernel)
         self.on(
@@ -162,8 +162,8 @@ class FleetDemo:
     def move(self) -> None:
         self.stage.chapter(
             "Move it, live",
-            "Before libvirt moves anything, host-b's TPM proves to host-a what it is and in which state, and the TPM of\n"
-            "host-a re-binds the key to it. (--unsafe: the disk is shared, but libvirt sees no network file system.)",
+            "Before libvirt moves anything, host-b's TPM proves to host-a what it is and in which state, and that of\n"
+            "host-a re-binds the key to it. (--unsafe: libvirt sees that the shared disk is on no network storage.)",
         )
         machine = self.scene.machine
         before, position = machine.pcrs(), machine.console.size(self.there)
