@@ -11,7 +11,9 @@ import stat
 import subprocess
 import sys
 import syslog
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -302,20 +304,29 @@ def test_the_module_ends_quietly_for_other_operations() -> None:
 # -- a TPM state that exists ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def tpm(host: Layout, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def made() -> Iterator[Path]:
     """A state made without us, SHA-256 only, of the real swtpm user."""
+    with tempfile.TemporaryDirectory() as directory:
+        shutil.chown(directory, "tss", "tss")
+        argv = ["swtpm_setup", "--tpm2", "--tpm-state", directory, "--pcr-banks", "sha256"]
+        as_tss = {"user": "tss", "group": "tss", "extra_groups": ()}
+        subprocess.run(argv, check=True, capture_output=True, cwd="/", env={"PATH": os.defpath}, **as_tss)
+        yield Path(directory) / "tpm2-00.permall"
+
+
+@pytest.fixture
+def tpm(host: Layout, tmp_path: Path, made: Path) -> Path:
+    """That state as a guest's."""
     for directory in (tmp_path, *tmp_path.parents):
         if directory.stat().st_uid == os.geteuid() and directory != Path("/"):
             directory.chmod(directory.stat().st_mode | 0o011)
     host.qemu_conf.write_text('swtpm_user = "tss"\n')
     state = host.guest_tpm(UUID)
     state.mkdir(parents=True)
-    shutil.chown(state, "tss", "tss")
-    argv = ["swtpm_setup", "--tpm2", "--tpm-state", str(state), "--pcr-banks", "sha256"]
-    as_tss = {"user": "tss", "group": "tss", "extra_groups": ()}
-    subprocess.run(argv, check=True, capture_output=True, cwd="/", env={"PATH": os.defpath}, **as_tss)
-    return state / "tpm2-00.permall"
+    for path in (state, Path(shutil.copy(made, state))):
+        shutil.chown(path, "tss", "tss")
+    return state / made.name
 
 
 @pytest.mark.root
