@@ -1,20 +1,27 @@
-"""What the product adds to ``virsh start``: three guests on two libvirt hosts, interleaved, medians and differences.
+"""What the product adds to ``virsh start``: four guests on two libvirt hosts, interleaved, medians and differences.
 
-One host is as Debian leaves it, the other has the product. Guests are started paused, with a TPM state that exists, so
-that what is measured is libvirt, hooks, swtpm and QEMU's start. Run as root: python -m benchmarks.start [--rounds 15]
+One host is as Debian leaves it, the other has the product, and a software TPM that keeps the key of one guest's TPM
+state. Guests are started paused, with a state that exists, so that what is measured is libvirt, hooks, swtpm and QEMU's
+start. Run as root: python -m benchmarks.start [--rounds 15]
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
+from pathlib import Path
 
 from lab.domain import Domain
 from lab.host import laboratory
 from lab.machine import Machine
 from swtpm_prop.layout import Layout
-from tests.host.product import Product
+
+sys.path.append(str(Path(__file__).parent.parent / "tests/host"))
+
+from fleet import Fleet
+from product import Product
 
 
 def started(machine: Machine) -> float:
@@ -49,11 +56,13 @@ def main() -> None:
         ours.install_product()
         product = Product(work, [ours])
         product.build()
-        names = {"no product on the host": plain, "product, not opted in": ours, "product, opted in": ours}
-        guests = [Machine(host, Domain(name=f"guest{n}")) for n, host in enumerate(names.values())]
+        fleet = Fleet(work, product, [ours])
+        names = ("no product on the host", "product, not opted in", "product, opted in", "product, custody")
+        guests = [Machine(host, Domain(name=f"guest{n}")) for n, host in enumerate((plain, ours, ours))]
         for machine in guests:
             machine.define()
         product.enable(guests[2])
+        guests.append(fleet.define(ours, Domain(name="guest3")))
         for machine in guests:
             started(machine)
         times: list[list[float]] = [[] for _ in guests]
