@@ -35,6 +35,10 @@ def private_pem(key: PrivateKey, passphrase: bytes | None = None) -> bytes:
     return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, protection)
 
 
+APPROVES = "approves-hosts = true\n"
+"""Behind `trust_text`: makes that issuer the authority of its host properties as well."""
+
+
 def trust_text(*keys: PrivateKey, threshold: int = 1, prefix: str = PREFIX) -> str:
     listed = ", ".join(f'"""{public_pem(key)}"""' for key in keys or (ED25519,))
     return f'[[issuer]]\nid = "{ISSUER}"\nkeys = [{listed}]\nprefixes = ["{prefix}"]\nthreshold = {threshold}\n'

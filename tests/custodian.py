@@ -92,6 +92,7 @@ class CustodyHost:
     def trust(self, authority: Authority) -> None:
         self.layout.trust.write_text(
             '[[issuer]]\nid = "https://example.org/authority"\nprefixes = ["https://example.org/hosts"]\n'
+            "approves-hosts = true\n"
             f"keys = ['''{public_pem(authority.key)}''']\n"
         )
 

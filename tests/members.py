@@ -45,7 +45,8 @@ class Authority:
     def trust_file(self) -> str:
         pem = self.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
         prefix = PROPERTY.rpartition("/")[0]
-        return f"[[issuer]]\nid = \"https://example.org/authority\"\nprefixes = [\"{prefix}\"]\nkeys = ['''{pem}''']\n"
+        head = f'[[issuer]]\nid = "https://example.org/authority"\nprefixes = ["{prefix}"]\napproves-hosts = true\n'
+        return f"{head}keys = ['''{pem}''']\n"
 
     def approve(self, member: Member, label: str) -> None:
         with member.tpm.open() as tpm:

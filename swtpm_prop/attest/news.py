@@ -87,7 +87,7 @@ def _install(layout: Layout, data: bytes) -> Installed:
         raise TrustError(
             "approvals.authority-unknown",
             f"no issuer of the trust file approves states with key {keyid[:16]}",
-            "add the authority, with its P-256 key and threshold 1, if you trust it",
+            "add the authority, with approves-hosts = true, if you trust it",
         )
     found = approvals.install(layout, data, public)
     return Installed(

@@ -21,7 +21,7 @@ from swtpm_prop.layout import Layout
 from swtpm_prop.limits import APPROVAL_LIST_BYTES, APPROVALS, EPOCH_STEPS, LABEL_CHARS, PCRS
 from swtpm_prop.tpm.algorithms import SHA256
 from swtpm_prop.trust import dsse, files, keys, strict_json
-from swtpm_prop.trust.issuers import Trust
+from swtpm_prop.trust.issuers import Issuer, Trust
 from swtpm_prop.trust.keys import SigningKey
 from swtpm_prop.trust.statement import PAYLOAD_TYPE, STATEMENT_TYPE
 from swtpm_prop.trust.strict_json import Object, member
@@ -238,27 +238,24 @@ def authorize(
 
 
 def authority(trust: Trust, property: str) -> EllipticCurvePublicKey:
-    """The key that says which hosts have the property: the first P-256 key of the one issuer that may certify it.
+    """The key that says which hosts have the property: that of the one issuer which approves hosts and may certify it.
 
     Raises:
         TrustError: ``approvals.no-authority``, ``approvals.several-authorities``.
     """
-    fit = {}
-    for issuer in trust.values():
-        first = next((key for key in issuer.keys if isinstance(key, EllipticCurvePublicKey)), None)
-        # A TPM takes one signature; an issuer of which two must sign is not outwitted by one.
-        if first is not None and issuer.threshold == 1 and issuer.may_certify(property):
-            fit[issuer.id] = first
+    fit = {
+        issuer.id: _key(issuer) for issuer in trust.values() if issuer.approves_hosts and issuer.may_certify(property)
+    }
     if not fit:
         raise TrustError(
             "approvals.no-authority",
-            f"no issuer of the trust file with a P-256 key and threshold 1 may certify '{property}'",
+            f"no issuer of the trust file with 'approves-hosts = true' may certify '{property}'",
             "add the authority of this host property, or correct its prefixes",
         )
     if len(fit) > 1:
         raise TrustError(
             "approvals.several-authorities",
-            f"several issuers may certify '{property}': {', '.join(sorted(fit))}",
+            f"several issuers may approve hosts for '{property}': {', '.join(sorted(fit))}",
             "leave its prefix to one of them, for a key is bound to one authority",
         )
     return fit.popitem()[1]
@@ -266,9 +263,12 @@ def authority(trust: Trust, property: str) -> EllipticCurvePublicKey:
 
 def authorities(trust: Trust) -> dict[str, EllipticCurvePublicKey]:
     """All keys whose approval lists this host may take, by key id."""
-    fit = (issuer.keys for issuer in trust.values() if issuer.threshold == 1)
-    every = (next((key for key in each if isinstance(key, EllipticCurvePublicKey)), None) for each in fit)
-    return {keys.keyid(key): key for key in every if key is not None}
+    every = (_key(issuer) for issuer in trust.values() if issuer.approves_hosts)
+    return {keys.keyid(key): key for key in every}
+
+
+def _key(issuer: Issuer) -> EllipticCurvePublicKey:
+    return next(key for key in issuer.keys if isinstance(key, EllipticCurvePublicKey))
 
 
 def install(layout: Layout, data: bytes, public: EllipticCurvePublicKey) -> ApprovalList:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+
 from swtpm_prop.errors import TrustError
 from swtpm_prop.limits import ISSUER_KEYS, KEY_BYTES, TRUST_BYTES
 from swtpm_prop.trust import floors, keys
@@ -24,12 +26,15 @@ class Issuer(NamedTuple):
         keys: its public keys, all distinct.
         prefixes: the URIs below which it may certify properties.
         threshold: how many of its keys must sign a certificate, 1 to ``len(keys)``.
+        approves_hosts: whether it may also say which states of hosts have the properties, by its first P-256 key. That
+            is a power of its own: its lists raise the epoch counter in the TPM of every host.
     """
 
     id: str
     keys: tuple[PublicKey, ...]
     prefixes: tuple[str, ...]
     threshold: int
+    approves_hosts: bool = False
 
     def may_certify(self, uri: str) -> bool:
         """Whether the URI is one of the prefixes or below one, byte for byte, ending at a path segment."""
@@ -97,7 +102,7 @@ def _issuer(table: dict[str, Any], directory: Path) -> Issuer:
         raise _refused("an issuer has no id")
     where = f"issuer '{name}'"
     _check_uri(name, where)
-    _only(table, {"id", "keys", "prefixes", "threshold"}, where)
+    _only(table, {"id", "keys", "prefixes", "threshold", "approves-hosts"}, where)
     public = _keys(_strings(table, "keys", where), directory, where)
     prefixes = _strings(table, "prefixes", where)
     for prefix in prefixes:
@@ -105,7 +110,17 @@ def _issuer(table: dict[str, Any], directory: Path) -> Issuer:
     threshold = table.get("threshold", 1)
     if type(threshold) is not int or not 1 <= threshold <= len(public):
         raise _refused(f"{where} has a threshold that is no number from 1 to its {len(public)} keys")
-    return Issuer(name, public, prefixes, threshold)
+    return Issuer(name, public, prefixes, threshold, _approves_hosts(table, public, threshold, where))
+
+
+def _approves_hosts(table: dict[str, Any], public: tuple[PublicKey, ...], threshold: int, where: str) -> bool:
+    approves = table.get("approves-hosts", False)
+    if type(approves) is not bool:
+        raise _refused(f"{where} has an approves-hosts that is neither true nor false")
+    # A TPM takes one signature, by a key that it can load; an issuer of which two must sign is not outwitted by one.
+    if approves and (threshold != 1 or not any(isinstance(key, EllipticCurvePublicKey) for key in public)):
+        raise _refused(f"{where} approves hosts, and has not threshold 1 and a P-256 key")
+    return approves
 
 
 def _keys(entries: tuple[str, ...], directory: Path, where: str) -> tuple[PublicKey, ...]:

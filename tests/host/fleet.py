@@ -19,7 +19,7 @@ from swtpm_prop.layout import Layout
 
 AUTHORITY = "https://example.org/operations"
 APPROVED = "https://example.org/hosts/approved"
-ISSUER = '[[issuer]]\nid = "{}"\nkeys = ["""{}"""]\nprefixes = ["https://example.org/hosts"]\nthreshold = 1\n'
+ISSUER = '[[issuer]]\nid = "{}"\nkeys = ["""{}"""]\nprefixes = ["https://example.org/hosts"]\napproves-hosts = true\n'
 CONFIGURATION = """[tpm]
 tcti = "{tcti}"
 event-log = "{log}"

@@ -184,12 +184,12 @@ def test_who_is_authorized() -> None:
     assert error.value.id == "host.state-not-approved"
 
 
-def trust(*entries: tuple[str, tuple[Any, ...], int]) -> issuers.Trust:
+def trust(*entries: tuple[str, tuple[Any, ...], bool]) -> issuers.Trust:
     text = ""
-    for number, (prefix, listed, threshold) in enumerate(entries):
+    for number, (prefix, listed, approves) in enumerate(entries):
         pems = ", ".join(f'"""{public_pem(key)}"""' for key in listed)
         text += f'[[issuer]]\nid = "https://example.org/issuers/{number}"\nkeys = [{pems}]\n'
-        text += f'prefixes = ["{prefix}"]\nthreshold = {threshold}\n'
+        text += f'prefixes = ["{prefix}"]\napproves-hosts = {str(approves).lower()}\n'
     return issuers.parse(text.encode(), Path())
 
 
@@ -197,22 +197,23 @@ ABOVE = "https://example.org/properties"
 
 
 def test_the_authority_is_the_one_issuer_with_a_key_that_tpms_check() -> None:
-    boot = ("https://example.org/boot", (STRANGER,), 1)
-    assert approvals.authority(trust((ABOVE, (ED25519, AUTHORITY, P256), 1), boot), APPROVED) == PUBLIC
-    assert approvals.authority(trust((ABOVE, (ED25519,), 1), (APPROVED, (AUTHORITY,), 1)), APPROVED) == PUBLIC
-    for none in (trust(boot), trust((ABOVE, (ED25519,), 1)), trust((ABOVE, (AUTHORITY, P256), 2))):
+    boot = ("https://example.org/boot", (STRANGER,), True)
+    certifier = (ABOVE, (STRANGER,), False)
+    assert approvals.authority(trust((ABOVE, (ED25519, AUTHORITY, P256), True), boot), APPROVED) == PUBLIC
+    assert approvals.authority(trust(certifier, (APPROVED, (AUTHORITY,), True)), APPROVED) == PUBLIC
+    for none in (trust(boot), trust(certifier), trust(boot, certifier)):
         refused("approvals.no-authority", lambda none=none: approvals.authority(none, APPROVED))  # type: ignore[misc]
-    both = trust((ABOVE, (AUTHORITY,), 1), (APPROVED, (P256,), 1))
+    both = trust((ABOVE, (AUTHORITY,), True), (APPROVED, (P256,), True))
     refused("approvals.several-authorities", lambda: approvals.authority(both, APPROVED))
 
 
-def test_all_authorities() -> None:
-    whole = trust((ABOVE, (ED25519, AUTHORITY, P256), 1), ("https://example.org/boot", (STRANGER, P256), 2))
+def test_who_only_certifies_gives_no_lists() -> None:
+    whole = trust((ABOVE, (ED25519, AUTHORITY, P256), True), ("https://example.org/boot", (STRANGER,), False))
     assert approvals.authorities(whole) == {keys.keyid(PUBLIC): PUBLIC}
 
 
 def test_an_installed_list_never_goes_back(tmp_path: Path) -> None:
-    layout, whole = Layout(tmp_path), trust((ABOVE, (AUTHORITY,), 1))
+    layout, whole = Layout(tmp_path), trust((ABOVE, (AUTHORITY,), True))
     refused("approvals.missing", lambda: approvals.load(layout, whole, APPROVED))
     revoked = approvals.revoke(two(), AUTHORITY, "first")
     for edition in (one(), two(), revoked, revoked):
@@ -238,7 +239,7 @@ def test_there_are_no_two_editions_with_one_number(tmp_path: Path) -> None:
 
 
 def test_a_list_somebody_put_there_does_not_count(tmp_path: Path) -> None:
-    layout, whole = Layout(tmp_path), trust((ABOVE, (AUTHORITY,), 1))
+    layout, whole = Layout(tmp_path), trust((ABOVE, (AUTHORITY,), True))
     approvals.install(layout, approvals.sign(one(), AUTHORITY), PUBLIC)
     (path,) = layout.approvals.iterdir()
     foreign = approvals.approve(approvals.begin(STRANGER), STRANGER, "mine", APPROVED, state(1))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from certifier import P256, PREFIX, private_pem, trust_text
+from certifier import APPROVES, P256, PREFIX, private_pem, trust_text
 from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.asymmetric import ec
 from hardware import HardwareTpm, manufacture
@@ -38,7 +38,7 @@ class Host:
         self.layout.state.mkdir(parents=True)
         self.log = directory / name / "eventlog"
         self.layout.host.write_text(f'[tpm]\ntcti = "{self.tpm.tcti}"\nevent-log = "{self.log}"\n')
-        self.layout.trust.write_text(trust_text(P256))
+        self.layout.trust.write_text(trust_text(P256) + APPROVES)
 
     def boot(self, log: bytes = LOG.read_bytes()) -> None:
         """Switch it on; its firmware measures what the log says."""

@@ -55,7 +55,7 @@ def layout(tmp_path: Path, tpm: HardwareTpm) -> Layout:
     pem = AUTHORITY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
     layout.trust.write_text(
         f'[[issuer]]\nid = "https://example.org/a"\nkeys = ["""{pem}"""]\n'
-        f'prefixes = ["https://example.org/properties"]\nthreshold = 1\n'
+        f'prefixes = ["https://example.org/properties"]\napproves-hosts = true\n'
     )
     with tpm.open() as hardware:
         approve(layout, hardware.pcrs(range(8)), hardware.epoch())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from certifier import ED25519, P256, PREFIX, trust_text
+from certifier import APPROVES, ED25519, P256, PREFIX, trust_text
 from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.asymmetric import ec
 from fleet_ca import Ca, enrolled
@@ -58,7 +58,7 @@ class Net:
         self.host.pin()
         layout = self.host.layout
         layout.state.mkdir(parents=True, exist_ok=True)
-        layout.trust.write_text(trust_text(ED25519, P256))
+        layout.trust.write_text(trust_text(ED25519, P256) + APPROVES)
         layout.host.write_text(f'[store]\nurl = "{self.host.url}"\n[tpm]\ntcti = "{tpm.tcti}"\n')
         shutil.copytree(enrolled(CA, tpm), layout.host_keys)
         membership.install_fleet(layout, CA.ca)
