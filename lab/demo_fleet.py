@@ -22,7 +22,7 @@ AUTHORITY = """
 id = "https://example.org/operations"
 keys = ["authority.pem"]
 prefixes = ["https://example.org/hosts/"]
-threshold = 1
+approves-hosts = true
 """
 CONFIGURATION = f"""[tpm]
 tcti = "{TCTI}"
