@@ -6,7 +6,6 @@ from swtpm_prop import host_config
 from swtpm_prop.attest import certificates
 from swtpm_prop.domain import arrival, stamp
 from swtpm_prop.domain.identity import Identity, identify
-from swtpm_prop.domain.metadata import parse_domain
 from swtpm_prop.errors import DomainError, Error, TransferError
 from swtpm_prop.host_config import AgentConfig
 from swtpm_prop.layout import Layout
@@ -21,19 +20,20 @@ ELSEWHERE = frozenset(
 """Refusals by which a host says no more than that the guest is not there: the next may be asked."""
 
 
-def let_in(xml: bytes, layout: Layout) -> bytes:
-    """Fetch the key of the guest that this domain XML describes, if its key is in custody.
+def let_in(xml: bytes, property: str, allowed: bool, layout: Layout) -> bytes:
+    """Fetch the key of the guest that this domain XML describes, which is in custody.
+
+    Args:
+        property: of the host, that the guest demands.
+        allowed: whether its metadata lets it migrate.
 
     Returns:
-        The XML that libvirt shall go on with, in which the start that follows finds its transfer; empty: the same.
+        The XML that libvirt shall go on with, in which the start that follows finds its transfer.
 
     Raises:
         Error: libvirt must refuse the migration; the guest runs on at the source.
     """
-    vtpm = parse_domain(xml)
-    if vtpm is None or vtpm.custody is None:
-        return b""
-    if vtpm.migration is None:
+    if not allowed:
         raise DomainError(
             "migration.not-allowed",
             "the guest's key is kept by the host where it runs, and its metadata does not let it go",
@@ -47,7 +47,7 @@ def let_in(xml: bytes, layout: Layout) -> bytes:
     for there in candidates(identity, config, here):
         try:
             transfer = talk.fetch(
-                identity.uuid, vtpm.custody, (there, here), speaker.identity(), host.destination(layout), settler
+                identity.uuid, property, (there, here), speaker.identity(), host.destination(layout), settler
             )
         except Error as error:
             if error.id not in ELSEWHERE:
