@@ -233,18 +233,28 @@ class _Control:
 def _swtpm(where: Place, directory: Path, key: bytes | None) -> Iterator[_Control]:
     """A swtpm on the state in the directory, spoken to by its control channel alone.
 
-    It gets the key by a pipe, and ends with our end of the channel, whatever becomes of us.
+    It gets the key by a pipe. It ends with our end of its data channel, which is there for nothing else, whatever
+    becomes of us: the control channel's other end it does not watch.
     """
-    ours, theirs = socket.socketpair()
-    with ours, theirs, os.fdopen(os.memfd_create("swtpm-log"), "w+b") as log, key_pipe(key) as key_end:
+    control, data = socket.socketpair(), socket.socketpair()
+    with (
+        control[0] as ours,
+        control[1] as theirs,
+        data[0],
+        data[1] as commands,
+        os.fdopen(os.memfd_create("swtpm-log"), "w+b") as log,
+        key_pipe(key) as key_end,
+    ):
         ours.settimeout(CONVERSION_SECONDS)
-        # Opened anew it would belong to root; as it is, swtpm's user can write to it.
-        command = ["swtpm", "socket", "--tpm2", "--terminate", "--ctrl", f"type=unixio,clientfd={theirs.fileno()}"]
+        # Opened anew the log would belong to root; as it is, swtpm's user can write to it.
+        command = ["swtpm", "socket", "--tpm2", "--fd", str(commands.fileno())]
+        command += ["--ctrl", f"type=unixio,clientfd={theirs.fileno()}"]
         command += ["--tpmstate", f"dir={directory},mode=0600", "--log", f"fd={log.fileno()}"]
         command += [] if key_end is None else ["--key", f"fd={key_end},mode=aes-256-cbc,format=hex"]
-        passed = [end for end in (theirs.fileno(), log.fileno(), key_end) if end is not None]
+        passed = [end for end in (theirs.fileno(), commands.fileno(), log.fileno(), key_end) if end is not None]
         with _run(command, where, passed) as process:
             theirs.close()
+            commands.close()
             try:
                 yield _Control(ours)
                 _Control(ours).call(_SHUTDOWN)

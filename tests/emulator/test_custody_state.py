@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,12 @@ def killed_at(number: int, action: Callable[[], None]) -> bool:
     os._exit(0)
 
 
+def at_work(where: Place) -> list[str]:
+    """The processes that work on a copy of the state."""
+    commands = (file.read_bytes().decode() for file in Path("/proc").glob("[0-9]*/cmdline") if file.exists())
+    return [command for command in commands if f"dir={where.workspace}." in command]
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize(("old", "new"), [(None, KEY), (KEY, None)], ids=["on", "off"])
 def test_killed_at_any_call_it_leaves_one_whole_state(where: Place, old: bytes | None, new: bytes | None) -> None:
@@ -261,3 +268,8 @@ def test_killed_at_any_call_it_leaves_one_whole_state(where: Place, old: bytes |
     assert opens(where, new)
     assert {file.name for file in where.directory.iterdir()} == {PERMANENT, ".lock"}
     assert list(where.workspace.parent.iterdir()) == []
+    # Those that were killed at their work take their swtpm along, which has the key.
+    deadline = time.monotonic() + 5
+    while at_work(where) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert at_work(where) == []
