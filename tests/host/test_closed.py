@@ -1,6 +1,6 @@
 """What an attacker may carry away of a guest in custody stays closed: each piece, with a piece beside it that is open.
 
-The import blob alone, and every way to talk a host out of a key, are shown with real TPMs in tests/unit.
+Every way to talk a host out of a key is tried with real TPMs in tests/unit.
 """
 
 from __future__ import annotations
@@ -34,6 +34,28 @@ from swtpm_prop.layout import Layout
 record = keys.load("{0}", Layout())
 with opening.hardware(Layout()) as tpm:
     print(opening.open_(record, tpm, Layout()).hex())
+"""
+HAND_OUT = """
+from pathlib import Path
+from swtpm_prop.custody import keys, opening
+from swtpm_prop.layout import Layout
+record = keys.load("{0}", Layout())
+with opening.hardware(Layout()) as tpm:
+    granted = opening.authorization(record, tpm, Layout())
+    print(*(part.hex() for part in tpm.duplicate(record.sealed, granted, bytes.fromhex("{1}"))))
+"""
+TAKE_IN = """
+from swtpm_prop.custody import opening
+from swtpm_prop.custody.objects import ImportBlob
+from swtpm_prop.layout import Layout
+with opening.hardware(Layout()) as tpm:
+    tpm.import_(ImportBlob(*map(bytes.fromhex, "{0}".split())))
+"""
+PARENT = """
+from swtpm_prop.custody import opening
+from swtpm_prop.layout import Layout
+with opening.hardware(Layout()) as tpm:
+    print(tpm.parent_public.hex())
 """
 BLOB = re.compile(rb"\x02\x01\x00\x0a(..)(....)", re.S)
 """swtpm's header of a state blob: version, least version, its size, flags, size of all (src/swtpm/swtpm_nvstore.c)."""
@@ -79,8 +101,12 @@ def world() -> Iterator[Path]:
 
 def key_of(machine: Machine) -> str:
     """What only root can have of a host in an approved state."""
-    script = OPEN_KEY.format(machine.domain.uuid)
-    return machine.host.run([Path(sys.prefix) / "bin/python", "-P", "-c", script]).stdout.strip()
+    return on(machine.host, OPEN_KEY.format(machine.domain.uuid))
+
+
+def on(host: Host, script: str) -> str:
+    """What a script of the product's own parts prints, run by the host's root."""
+    return host.run([Path(sys.prefix) / "bin/python", "-P", "-c", script]).stdout.strip()
 
 
 def state_of(machine: Machine) -> Path:
@@ -178,6 +204,15 @@ def test_a_copy_of_the_disk_in_another_host(kept: Machine, gold: Host, silver: H
         copy.remove()
         silver.run(["rm", "-rf", *map(str, places)])
     kept.start()
+
+
+def test_a_captured_import_blob(fleet: Fleet, kept: Machine, gold: Host, silver: Host):
+    """It is for the one TPM that it was made for; not even for the one that made it."""
+    blob = on(gold, HAND_OUT.format(kept.domain.uuid, on(silver, PARENT)))
+    for host in (gold, fleet.members["stranger"].host):
+        with pytest.raises(LabError, match=r"\[?tpm\.foreign-object"):
+            on(host, TAKE_IN.format(blob))
+    on(silver, TAKE_IN.format(blob))
 
 
 def test_its_own_host_in_a_state_that_nobody_approved(fleet: Fleet, kept: Machine, gold: Host):
