@@ -56,7 +56,7 @@ check: $(SETUP)
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports | tail -1
 	@shellcheck -s sh hooks/* && shellcheck .ci/run && echo "shell scripts: ok"
-	@$(BIN)/pytest -q -m "not fault" tests/unit tests/fuzz
+	@$(BIN)/pytest -q -m "not fault and not root" tests/unit tests/fuzz
 
 bench: $(SETUP)
 	@for program in benchmarks/*.py; do $(BIN)/python -P -m benchmarks.$$(basename $$program .py) || exit 1; done
