@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from swtpm_prop.account import Account, swtpm_account
 from swtpm_prop.custody import approvals
+from swtpm_prop.custody.form import PERMANENT
 from swtpm_prop.hook.operations import run
 from swtpm_prop.layout import Layout
 from swtpm_prop.trust.build import build
@@ -153,3 +154,11 @@ def memory_directory() -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path)
+
+
+@contextmanager
+def plain_state() -> Iterator[Path]:
+    """The file of a plain TPM state with the banks that the domain above needs."""
+    with memory_directory() as directory:
+        make_state(directory / "tpm2", swtpm_account(Layout(directory)))
+        yield directory / "tpm2" / PERMANENT

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import struct
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -36,7 +34,7 @@ from tpm2_pytss.types import (
     TPMT_SYM_DEF_OBJECT,
 )
 
-from swtpm_prop.custody import policy, refusals
+from swtpm_prop.custody import locks, policy, refusals
 from swtpm_prop.custody.objects import Attestation, ImportBlob, Sealed
 from swtpm_prop.custody.policy import Authorization
 from swtpm_prop.custody.refusals import naming
@@ -473,21 +471,10 @@ def _locked(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.parent.chmod(0o755)  # guests' swtpm must get through
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as file:
-        deadline = time.monotonic() + TPM_LOCK_SECONDS
-        while not _try_lock(file.fileno()):
-            if time.monotonic() > deadline:
-                raise HostError(
-                    "tpm.busy",
-                    f"another process has used the host's TPM for {TPM_LOCK_SECONDS} seconds",
-                    f"see who holds it: fuser {path}",
-                )
-            time.sleep(0.005)
+        if not locks.take(file.fileno(), TPM_LOCK_SECONDS):
+            raise HostError(
+                "tpm.busy",
+                f"another process has used the host's TPM for {TPM_LOCK_SECONDS} seconds",
+                f"see who holds it: fuser {path}",
+            )
         yield
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

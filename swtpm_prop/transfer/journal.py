@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from swtpm_prop.custody import durable
+from swtpm_prop.custody import durable, locks
 from swtpm_prop.errors import TransferError, TrustError
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import JOURNAL_BYTES, JOURNAL_DAYS, JOURNAL_LOCK_SECONDS
@@ -87,7 +86,12 @@ class Journal:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            _lock(descriptor, uuid)
+            if not locks.take(descriptor, JOURNAL_LOCK_SECONDS):
+                raise TransferError(
+                    "transfer.busy",
+                    f"another process works on the transfers of guest {uuid} for {JOURNAL_LOCK_SECONDS} seconds",
+                    "see what swtpm-prop does there, and try again",
+                )
             yield
         finally:
             os.close(descriptor)
@@ -206,21 +210,6 @@ _KINDS: dict[str, type] = {
     "adopted": bool,
 }
 """The members of a transfer's file, as `json` reads them."""
-
-
-def _lock(descriptor: int, uuid: str) -> None:
-    deadline = time.monotonic() + JOURNAL_LOCK_SECONDS
-    while True:
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise TransferError(
-                    "transfer.busy",
-                    f"another process works on the transfers of guest {uuid} for {JOURNAL_LOCK_SECONDS} seconds",
-                    "see what swtpm-prop does there, and try again",
-                ) from None
-        time.sleep(0.002)
 
 
 @contextmanager

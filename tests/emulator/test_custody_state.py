@@ -8,7 +8,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from swtpm_prop.custody.state import Place, convert, opens
 from swtpm_prop.errors import HostError
 from swtpm_prop.limits import STATE_BYTES
 from tests.swtpm import PATH, UUID, Tpm, TpmError, owned_directory
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.root
 
@@ -269,7 +269,4 @@ def test_killed_at_any_call_it_leaves_one_whole_state(where: Place, old: bytes |
     assert {file.name for file in where.directory.iterdir()} == {PERMANENT, ".lock"}
     assert list(where.workspace.parent.iterdir()) == []
     # Those that were killed at their work take their swtpm along, which has the key.
-    deadline = time.monotonic() + 5
-    while at_work(where) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert at_work(where) == []
+    assert eventually(lambda: at_work(where) == [])

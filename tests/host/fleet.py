@@ -7,7 +7,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from product import Product, eventually, processes
+from product import Product, processes
+from waiting import eventually
 
 from lab.agent import Agent
 from lab.domain import Domain

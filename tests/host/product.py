@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,16 +114,6 @@ def expected(held: Iterable[int] = (), broken: Iterable[int] = ()) -> States:
     """The states of the translated PCRs when exactly these are held and broken."""
     held, broken = set(held), set(broken)
     return {pcr: "broken" if pcr in broken else "held" if pcr in held else "unmeasured" for pcr in TRANSLATED}
-
-
-def eventually(true: Callable[[], bool], seconds: float = 5) -> bool:
-    """Whether ``true`` becomes so; libvirt's last hook runs after ``virsh`` has answered."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def run_directories(host: Host) -> list[str]:

@@ -18,7 +18,8 @@ import pytest
 from conftest import connect_all
 from faults import Faults
 from fleet import Fleet
-from product import Product, at, eventually, processes
+from product import Product, at, processes
+from waiting import eventually
 
 from lab.domain import Domain
 from lab.host import Host, laboratory

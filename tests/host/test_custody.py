@@ -10,7 +10,8 @@ from uuid import uuid4
 
 import pytest
 from fleet import APPROVED, Fleet
-from product import PROPERTY, at, eventually, run_directories
+from product import PROPERTY, at, run_directories
+from waiting import eventually
 
 from lab.domain import Domain
 from lab.hardware import STOCK, boot_of

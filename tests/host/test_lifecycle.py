@@ -16,13 +16,13 @@ from product import (
     TRANSLATED,
     Product,
     at,
-    eventually,
     expected,
     extend,
     processes,
     read_bank,
     run_directories,
 )
+from waiting import eventually
 
 from lab.domain import Domain
 from lab.host import Host

@@ -10,7 +10,8 @@ from uuid import uuid4
 
 import pytest
 from fleet import APPROVED, Fleet
-from product import at, eventually, extend, processes, run_directories
+from product import at, extend, processes, run_directories
+from waiting import eventually
 
 from lab.domain import Domain
 from lab.hardware import TCTI

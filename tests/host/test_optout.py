@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import pytest
 from conftest import Define, Pair
-from product import Product, at, eventually, processes, run_directories
+from product import Product, at, processes, run_directories
+from waiting import eventually
 
 from lab.domain import Domain
 from lab.host import Host

@@ -8,7 +8,8 @@ from contextlib import ExitStack
 
 import pytest
 from fleet import Fleet
-from product import at, eventually, run_directories
+from product import at, run_directories
+from waiting import eventually
 
 from lab.domain import Domain
 from lab.machine import Machine

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import Define, Pair
-from product import PROPERTY, Product, at, eventually, expected, extend, processes, run_directories
+from product import PROPERTY, Product, at, expected, extend, processes, run_directories
+from waiting import eventually
 
 from lab.domain import Domain
 from lab.host import Host

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import queue
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import libvirt
 import pytest
+from waiting import eventually
 
 from swtpm_prop.agent.guests import Guests, Happening, job_leaves, presence_after, presence_of
 from swtpm_prop.domain.identity import identify
@@ -29,7 +29,7 @@ def told() -> queue.Queue[Happening]:
 def guests(told: queue.Queue[Happening]) -> Iterator[Guests]:
     guests = Guests(URI, told.put)
     guests.start()
-    assert wait_for(lambda: guests.connected)
+    assert eventually(lambda: guests.connected)
     yield guests
     guests.stop()
 
@@ -41,15 +41,6 @@ def domain() -> libvirt.virDomain:
     if not domain.isActive():
         domain.create()
     return domain
-
-
-def wait_for(true: Callable[[], bool], seconds: float = 5) -> bool:
-    deadline = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def test_follows_a_guest(domain: libvirt.virDomain, guests: Guests, told: queue.Queue[Happening]) -> None:
@@ -111,7 +102,7 @@ def test_goes_on_after_libvirt_was_away(
     told.get(timeout=5)
     guests._lost.set()
     assert told.get(timeout=5)[:2] == (domain.UUIDString(), Event.RUNS)
-    assert wait_for(lambda: guests.presence(domain.UUIDString()) is Presence.RUNS)
+    assert eventually(lambda: guests.presence(domain.UUIDString()) is Presence.RUNS)
 
 
 def test_stamps_live_metadata(domain: libvirt.virDomain, guests: Guests) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from waiting import eventually
 
 from swtpm_prop.agent import stamper
 from swtpm_prop.agent.notify import notify
@@ -27,13 +27,6 @@ class Libvirt:
         return uuid != self.gone and self.tried.count(uuid) == 3
 
 
-def wait_for(true: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 5
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return true()
-
-
 def test_tries_until_it_is_taken_or_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stamper, "STAMP_SECONDS", 0.01)
     libvirt, wanted = Libvirt(gone="c"), {"a", "b", "c"}
@@ -42,7 +35,7 @@ def test_tries_until_it_is_taken_or_not_wanted(monkeypatch: pytest.MonkeyPatch) 
     thread.start()
     for uuid in ("a", "b", "c", "unwanted"):
         stamps.offer(uuid)
-    assert wait_for(lambda: libvirt.tried.count("c") > 5)
+    assert eventually(lambda: libvirt.tried.count("c") > 5)
     wanted.discard("c")
     time.sleep(0.1)
     tried = len(libvirt.tried)

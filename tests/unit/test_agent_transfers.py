@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import eventually
 
 from swtpm_prop.agent import transfers
 from swtpm_prop.agent.guests import Happening
@@ -75,13 +76,6 @@ def agent(
     made.finish()
 
 
-def eventually(true: Callable[[], bool], seconds: float = 10) -> bool:
-    deadline = time.monotonic() + seconds
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return true()
-
-
 def state(journal: Journal, uuid: str = UUID) -> State:
     return journal.of(uuid)[0].state
 
@@ -95,7 +89,7 @@ def test_what_happens_is_written_down_and_settled_at_once(agent: Transfers, jour
     peer.words = [State.ACTIVATED]
     note(agent, Event.MIGRATED)
     assert state(journal) in (State.MOVED, State.YIELDED, State.RELEASED)
-    assert eventually(lambda: state(journal) is State.YIELDED)
+    assert eventually(lambda: state(journal) is State.YIELDED, 10)
 
 
 def test_a_guest_without_transfers_costs_nothing(agent: Transfers, journal: Journal, peer: Peer) -> None:
@@ -109,7 +103,7 @@ def test_what_is_open_is_tried_again_soon(agent: Transfers, journal: Journal, pe
     journal.begin(OFFERED)
     peer.words = [None, None, State.CLOSED]
     agent.wake(UUID)
-    assert eventually(lambda: state(journal) is State.CLOSED)
+    assert eventually(lambda: state(journal) is State.CLOSED, 10)
     assert len(peer.asked) == 3
 
 
@@ -119,7 +113,7 @@ def test_what_is_open_at_the_start_is_settled(agent: Transfers, journal: Journal
     stopped = threading.Event()
     running = threading.Thread(target=agent.run, args=(stopped,))
     running.start()
-    assert eventually(lambda: {state(journal), state(journal, OTHER)} == {State.CLOSED})
+    assert eventually(lambda: {state(journal), state(journal, OTHER)} == {State.CLOSED}, 10)
     stopped.set()
     running.join()
 
@@ -134,7 +128,7 @@ def test_each_guest_is_settled_by_one_thread_and_several_guests_at_once(
         journal.begin(OFFERED._replace(id=f"{number:032x}", uuid=uuid))
         for _ in range(5):
             agent.wake(uuid)
-    assert eventually(lambda: len(peer.asked) >= 2 * len(uuids))
+    assert eventually(lambda: len(peer.asked) >= 2 * len(uuids), 10)
     assert peer.most_at_once == len(uuids)
 
 
@@ -146,7 +140,7 @@ def test_a_damaged_journal_is_counted_and_stops_nobody_else(
     (Layout(tmp_path).transfers / OTHER / f"{'b' * 32}.json").write_text("{")
     note(agent, Event.RUNS, OTHER)
     note(agent, Event.MIGRATED)
-    assert eventually(lambda: state(journal) is State.CLOSED)
+    assert eventually(lambda: state(journal) is State.CLOSED, 10)
     assert dict(counts.samples("failures"))[("id", "transfer.journal-damaged"),] >= 1
 
 
@@ -154,7 +148,7 @@ def test_a_mistake_leaves_no_guest_to_nobody(agent: Transfers, journal: Journal,
     journal.begin(OFFERED)
     peer.broken = True
     agent.wake(UUID)
-    assert eventually(lambda: bool(counts.samples("failures")))
+    assert eventually(lambda: bool(counts.samples("failures")), 10)
     assert counts.samples("failures")[0][0] == (("id", "agent.failed"),)
     peer.broken = False
-    assert eventually(lambda: state(journal) is State.CLOSED)
+    assert eventually(lambda: state(journal) is State.CLOSED, 10)

@@ -15,7 +15,6 @@ from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
 
-from swtpm_prop.account import swtpm_account
 from swtpm_prop.cli.key import command
 from swtpm_prop.custody import keys, opening, state
 from swtpm_prop.custody.form import PERMANENT, Form, form
@@ -29,8 +28,8 @@ from tests.custodian import (
     Authority,
     CustodyHost,
     domain,
-    make_state,
     memory_directory,
+    plain_state,
     private_pem,
 )
 from tests.hardware import HardwareTpm
@@ -62,10 +61,8 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[CustodyHost], CustodyHost]
 
 @pytest.fixture(scope="module")
 def plain() -> Iterator[Path]:
-    """A plain TPM state, with the banks that the domain needs."""
-    with memory_directory() as directory:
-        make_state(directory / "tpm2", swtpm_account(Layout(directory)))
-        yield directory / "tpm2" / PERMANENT
+    with plain_state() as state:
+        yield state
 
 
 @pytest.fixture

@@ -21,7 +21,17 @@ from swtpm_prop.domain.arrival import note
 from swtpm_prop.hook.custody import MATRIX, Kept, Step
 from swtpm_prop.transfer.journal import Journal, Transfer
 from swtpm_prop.transfer.machine import Side, State
-from tests.custodian import APPROVED, OTHER, UUID, Authority, CustodyHost, domain, make_state, memory_directory
+from tests.custodian import (
+    APPROVED,
+    OTHER,
+    UUID,
+    Authority,
+    CustodyHost,
+    domain,
+    make_state,
+    memory_directory,
+    plain_state,
+)
 from tests.hardware import HardwareTpm
 
 pytestmark = pytest.mark.root
@@ -35,13 +45,8 @@ def tpm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HardwareTpm]:
 
 @pytest.fixture(scope="module")
 def plain() -> Iterator[Path]:
-    """A plain TPM state."""
-    with memory_directory() as directory:
-        from swtpm_prop.account import swtpm_account
-        from swtpm_prop.layout import Layout
-
-        make_state(directory / "tpm2", swtpm_account(Layout(directory)))
-        yield directory / "tpm2" / PERMANENT
+    with plain_state() as state:
+        yield state
 
 
 @pytest.fixture
