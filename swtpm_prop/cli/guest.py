@@ -50,7 +50,12 @@ def guest_uuid(guest: str, uri: str) -> str:
     """
     if is_uuid(guest):
         return guest
-    return find(guest, uri).uuid
+    try:
+        return find(guest, uri).uuid
+    except DomainError as error:
+        raise DomainError(
+            error.id, error.what, f"{error.mend}; a guest that is not defined here goes by its UUID"
+        ) from error
 
 
 def find(name: str, uri: str) -> Guest:

@@ -10,6 +10,7 @@ import libvirt
 
 from swtpm_prop.agent.guests import LOCAL, presence_of
 from swtpm_prop.cli import output
+from swtpm_prop.cli.guest import guest_argument, guest_uuid
 from swtpm_prop.errors import TransferError, UsageError
 from swtpm_prop.layout import Layout
 from swtpm_prop.transfer.journal import Journal, Transfer
@@ -75,12 +76,15 @@ def list_(ctx: click.Context, every: bool, as_json: bool) -> None:
 
 
 @command.command()
-@click.argument("uuid")
+@guest_argument()
 @output.json_option
 @click.pass_context
-def show(ctx: click.Context, uuid: str, as_json: bool) -> None:
-    """Show what this host knows of the migrations of the guest UUID, the newest first."""
-    journal = Journal(_layout(ctx))
+def show(ctx: click.Context, guest: str, uri: str, as_json: bool) -> None:
+    """Show what this host knows of the migrations of GUEST, the newest first.
+
+    GUEST is a name, or a UUID: that of a guest that is not defined here any more is in 'transfer list --all'.
+    """
+    uuid, journal = guest_uuid(guest, uri), Journal(_layout(ctx))
     found, gate = journal.of(uuid), journal.gate(uuid)
     if as_json:
         output.print_json({"guest": uuid, "start": gate, "transfers": [_for_programs(t) for t in found]})
@@ -97,20 +101,22 @@ def show(ctx: click.Context, uuid: str, as_json: bool) -> None:
 
 
 @command.command()
-@click.argument("uuid")
+@guest_argument()
 @click.option("--here", "place", flag_value="here", help="The guest is on this host.")
 @click.option("--there", "place", flag_value="there", help="The guest is on the transfer's other host.")
 @output.json_option
 @click.pass_context
-def resolve(ctx: click.Context, uuid: str, place: str | None, as_json: bool) -> None:
-    """Decide where the guest UUID is, when its other host is lost for good and no host can know.
+def resolve(ctx: click.Context, guest: str, uri: str, place: str | None, as_json: bool) -> None:
+    """Decide where GUEST is, when its other host is lost for good and no host can know.
+
+    GUEST is a name, or a UUID: that of a guest that is not defined here any more is in 'transfer list'.
 
     Your word counts: see that nothing of the guest runs on the other side, nor is started there before that host has
     heard of this. Where an answer of the peer decides, your word is not taken.
     """
     if place is None:
         raise UsageError("usage.place", "it is not said where the guest is", "give --here or --there")
-    layout = _layout(ctx)
+    uuid, layout = guest_uuid(guest, uri), _layout(ctx)
     libvirt.registerErrorHandler(lambda *_: None, None)  # by default it prints each error itself
     settler = Settler(layout, Journal(layout), Eyes(_presence, _halt), Speaker(layout).report)
     transfer, gate = settler.resolve(uuid, place == "here"), settler.journal.gate(uuid)

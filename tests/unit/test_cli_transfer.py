@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import libvirt
 import pytest
 from click.testing import CliRunner, Result
 
 from swtpm_prop.cli.main import cli
 from swtpm_prop.cli.transfer import GATES, MEANING
-from swtpm_prop.errors import Error, UsageError
+from swtpm_prop.errors import DomainError, Error, UsageError
 from swtpm_prop.layout import Layout
 from swtpm_prop.transfer.journal import Journal, Transfer
 from swtpm_prop.transfer.machine import TABLE, Gate, Side, State
 
 UUID = "0b7a4d6e-8f5c-4a2b-9c3d-1e2f3a4b5c6d"
 OFFERED = Transfer("a" * 32, Side.SOURCE, State.OFFERED, UUID, 3, "beta", "127.0.0.1:1")
+URI = "test:///default"
+XML = f"<domain type='test'><name>g</name><uuid>{UUID}</uuid><memory>1024</memory><os><type>hvm</type></os></domain>"
+
+
+@pytest.fixture
+def guest() -> Iterator[libvirt.virDomain]:
+    """A guest named g; the test driver keeps it as long as this connection is open."""
+    connection = libvirt.open(URI)
+    domain = connection.defineXML(XML)
+    yield domain
+    domain.undefine()
+    connection.close()
 
 
 @pytest.fixture
@@ -59,6 +73,23 @@ def test_one_guest_is_shown(layout: Layout) -> None:
     shown = json.loads(call(layout, "show", UUID, "--json").output)
     assert shown["start"] == "ask-then-refuse"
     assert [(t["id"], t["open"]) for t in shown["transfers"]] == [("a" * 32, True)]
+
+
+@pytest.mark.usefixtures("guest")
+def test_a_guest_goes_by_its_name_too(layout: Layout) -> None:
+    Journal(layout).begin(OFFERED)
+    named = ("g", "--connect", URI, "--json")
+    assert json.loads(call(layout, "show", *named).output) == json.loads(call(layout, "show", UUID, "--json").output)
+    assert json.loads(call(layout, "resolve", "--here", *named).output)["guest"] == UUID
+
+
+def test_one_that_is_not_defined_here_goes_by_its_uuid_only(layout: Layout) -> None:
+    Journal(layout).begin(OFFERED)
+    for argv in (["show", "g"], ["resolve", "g", "--here"]):
+        refused = call(layout, *argv, "--connect", URI).exception
+        assert isinstance(refused, DomainError)
+        assert "by its UUID" in refused.mend
+        assert call(layout, argv[0], UUID, *argv[2:], "--connect", URI).exit_code == 0
 
 
 def test_the_operator_decides_what_no_host_can(layout: Layout) -> None:
