@@ -62,13 +62,15 @@ DESTROY = "virsh destroy"
 RESOLVE = re.compile(r"swtpm-prop (transfer resolve \S+ --(?:here|there))")
 
 
-NOTHING, START, RESTART = "nothing", "start", "stop and start"
-CLEAR, DECIDE = "destroy what stands still", "transfer resolve, start"
-TOOK = {NOTHING: "", START: "1", RESTART: "2", CLEAR: "3", DECIDE: "4"}
+START, RESTART, CLEAR, DECIDE = "1234"
 
 
 class Result(NamedTuple):
-    """How a case came out: where the guest is now, ``source`` or ``destination``, and what that took."""
+    """How a case came out: where the guest is now, ``source`` or ``destination``, and what people had to do for it.
+
+    That is: START it, stop and start it (RESTART), destroy a process that stands still (CLEAR), say ``transfer
+    resolve`` and start it (DECIDE).
+    """
 
     place: str
     took: str
@@ -176,18 +178,18 @@ class Site:
     def judge(self, source: Host, destination: Host) -> Result:
         """Find the guest, see that only one host can have it, and leave it running there."""
         names = {source.name: "source", destination.name: "destination"}
-        took = NOTHING
+        took = ""
         eventually(lambda: len(self.present()) < 2 and not self.open(), 15)
         running = self.running()
         assert len(running) < 2, "the guest runs twice"
-        if len(self.present()) == 2:
-            # libvirt came back to a process that stands still after a migration, and leaves it to people
-            took = self.clear_away(next(host for host in self.present() if host not in running))
         if not running:
             started, took = self.start_anywhere(source, destination)
             running = [started]
         here = running[0]
         elsewhere = source if here is destination else destination
+        if elsewhere in self.present():
+            # libvirt came back to a process that stands still after a migration, and leaves it to people
+            took += self.clear_away(elsewhere)
         if self.has_something(elsewhere):
             assert not self.start(elsewhere), f"it can be started on the {names[elsewhere.name]} too"
         assert self.running() == [here]
@@ -200,7 +202,7 @@ class Site:
         if not self.mine(here, "swtpm"):  # its swtpm was the victim, which libvirt does not notice
             self.machine.destroy()
             assert self.start(here)
-            took = RESTART
+            took += RESTART
         return Result(names[here.name], took)
 
     def clear_away(self, host: Host) -> str:
@@ -328,7 +330,7 @@ def table(request: pytest.FixtureRequest) -> Iterator[Table]:
 
 
 def _cell(result: Result | None) -> str:
-    return "-" if result is None else result.place[0] + TOOK[result.took]
+    return "-" if result is None else result.place[0] + result.took
 
 
 @pytest.mark.parametrize("step", STEPS, ids="-".join)
