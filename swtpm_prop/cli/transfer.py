@@ -11,6 +11,7 @@ import libvirt
 from swtpm_prop.agent.guests import LOCAL, presence_of
 from swtpm_prop.cli import output
 from swtpm_prop.cli.guest import guest_argument, guest_uuid
+from swtpm_prop.custody.form import Form, form
 from swtpm_prop.errors import TransferError, UsageError
 from swtpm_prop.layout import Layout
 from swtpm_prop.transfer.journal import Journal, Transfer
@@ -104,9 +105,10 @@ def show(ctx: click.Context, guest: str, uri: str, as_json: bool) -> None:
 @guest_argument()
 @click.option("--here", "place", flag_value="here", help="The guest is on this host.")
 @click.option("--there", "place", flag_value="there", help="The guest is on the transfer's other host.")
+@click.option("--yes", is_flag=True, help="Do not ask, even if the guest's TPM state is not here.")
 @output.json_option
 @click.pass_context
-def resolve(ctx: click.Context, guest: str, uri: str, place: str | None, as_json: bool) -> None:
+def resolve(ctx: click.Context, guest: str, uri: str, place: str | None, yes: bool, as_json: bool) -> None:
     """Decide where GUEST is, when its other host is lost for good and no host can know.
 
     GUEST is a name, or a UUID: that of a guest that is not defined here any more is in 'transfer list'.
@@ -117,14 +119,31 @@ def resolve(ctx: click.Context, guest: str, uri: str, place: str | None, as_json
     if place is None:
         raise UsageError("usage.place", "it is not said where the guest is", "give --here or --there")
     uuid, layout = guest_uuid(guest, uri), _layout(ctx)
+    state = form(layout.guest_tpm(uuid))
+    if place == "here" and state is Form.NONE:
+        _warn_of_no_state(uuid, yes, as_json, layout)
     libvirt.registerErrorHandler(lambda *_: None, None)  # by default it prints each error itself
     settler = Settler(layout, Journal(layout), Eyes(_presence, _halt), Speaker(layout).report)
     transfer, gate = settler.resolve(uuid, place == "here"), settler.journal.gate(uuid)
     if as_json:
-        output.print_json({"guest": uuid, "start": gate, "transfer": _for_programs(transfer)})
+        about = {"guest": uuid, "start": gate, "tpmState": state.value}
+        output.print_json({**about, "transfer": _for_programs(transfer)})
         return
     click.echo(f"{transfer.state}: {MEANING[transfer.side][transfer.state]}")
     click.echo(GATES[gate])
+
+
+def _warn_of_no_state(uuid: str, yes: bool, as_json: bool, layout: Layout) -> None:
+    """What the guest sealed is lost if it starts here so; nobody may learn that afterwards."""
+    output.warn(
+        f"the guest's TPM state is not here ({layout.guest_tpm(uuid)}): started here it gets a new, empty TPM, "
+        "and what it sealed does not open; put a backup of the state there first, if there is one"
+    )
+    if yes:
+        return
+    if as_json:
+        raise UsageError("usage.confirm", "--json cannot ask", "bring the TPM state back first, or add --yes")
+    click.confirm("Is the guest here all the same?", abort=True, err=True)
 
 
 def _presence(uuid: str) -> Presence:

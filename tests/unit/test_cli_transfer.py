@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from swtpm_prop.cli.main import cli
 from swtpm_prop.cli.transfer import GATES, MEANING
+from swtpm_prop.custody.form import PERMANENT
 from swtpm_prop.errors import DomainError, Error, UsageError
 from swtpm_prop.layout import Layout
 from swtpm_prop.transfer.journal import Journal, Transfer
@@ -35,11 +37,20 @@ def guest() -> Iterator[libvirt.virDomain]:
 
 @pytest.fixture
 def layout(tmp_path: Path) -> Layout:
-    return Layout(tmp_path)
+    layout = Layout(tmp_path)
+    keep_state(layout)
+    return layout
 
 
-def call(layout: Layout, *words: str) -> Result:
-    return CliRunner().invoke(cli, ["transfer", *words], obj=layout)
+def call(layout: Layout, *words: str, typed: str = "") -> Result:
+    return CliRunner().invoke(cli, ["transfer", *words], obj=layout, input=typed)
+
+
+def keep_state(layout: Layout) -> None:
+    """Let the guest have a TPM state here, plain and empty."""
+    path = layout.guest_tpm(UUID) / PERMANENT
+    path.parent.mkdir(parents=True)
+    path.write_bytes(struct.pack(">BBHHI", 2, 1, 10, 0, 10))
 
 
 def test_every_state_and_gate_has_its_words() -> None:
@@ -108,3 +119,26 @@ def test_programs_hear_what_was_decided(layout: Layout) -> None:
     Journal(layout).begin(OFFERED)
     said = json.loads(call(layout, "resolve", UUID, "--here", "--json").output)
     assert (said["guest"], said["start"], said["transfer"]["state"]) == (UUID, "start", "kept")
+    assert said["tpmState"] == "plain"
+
+
+def test_who_says_here_of_a_guest_whose_tpm_state_is_not_here_is_warned_first(layout: Layout) -> None:
+    Journal(layout).begin(OFFERED)
+    (layout.guest_tpm(UUID) / PERMANENT).unlink()
+    argv = ("resolve", UUID, "--here")
+    unsure = call(layout, *argv, typed="n\n")
+    assert (unsure.exit_code, "new, empty TPM" in unsure.stderr) == (1, True)
+    unasked = call(layout, *argv, "--json")
+    assert isinstance(unasked.exception, UsageError)
+    assert "new, empty TPM" in unasked.stderr
+    assert [transfer.state for transfer in Journal(layout).of(UUID)] == [State.OFFERED]
+    sure = call(layout, *argv, "--json", "--yes")
+    assert (json.loads(sure.stdout)["tpmState"], json.loads(sure.stdout)["transfer"]["state"]) == ("none", "kept")
+    assert "new, empty TPM" in sure.stderr
+
+
+def test_who_is_sure_decides_without_a_tpm_state(layout: Layout) -> None:
+    Journal(layout).begin(OFFERED)
+    (layout.guest_tpm(UUID) / PERMANENT).unlink()
+    assert call(layout, "resolve", UUID, "--here", typed="y\n").exit_code == 0
+    assert Journal(layout).of(UUID)[0].state is State.KEPT
