@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 import click
 import libvirt
@@ -69,6 +70,22 @@ def find(name: str, uri: str) -> Guest:
     try:
         domain = libvirt.open(uri).lookupByName(name)
         return Guest(domain, domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE).encode(), uri)
+    except libvirt.libvirtError as error:
+        raise libvirt_failed(error) from error
+
+
+def known_here(uri: str) -> dict[str, str]:
+    """The names of all guests that libvirt on this host has, defined or running, by UUID.
+
+    Raises:
+        DomainError: ``domain.libvirt``, ``domain.remote``.
+    """
+    host = urlsplit(uri).hostname
+    if host:
+        raise DomainError("domain.remote", f"the libvirt of {host} does not know this host's guests", "run this there")
+    libvirt.registerErrorHandler(lambda *_: None, None)
+    try:
+        return {domain.UUIDString(): domain.name() for domain in libvirt.open(uri).listAllDomains()}
     except libvirt.libvirtError as error:
         raise libvirt_failed(error) from error
 

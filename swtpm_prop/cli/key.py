@@ -1,4 +1,4 @@
-"""``swtpm-prop key``: whose keys this host's TPM keeps, sealing them anew, and bringing one back after a loss."""
+"""``swtpm-prop key``: whose keys this host's TPM keeps, sealing them anew, bringing one back after a loss."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import click
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from swtpm_prop.account import swtpm_account
-from swtpm_prop.cli import output, passphrase
-from swtpm_prop.cli.guest import guest_argument, guest_uuid
+from swtpm_prop.cli import key_forget, output, passphrase
+from swtpm_prop.cli.guest import guest_argument, guest_uuid, known_here
+from swtpm_prop.cli.key_forget import without_record
 from swtpm_prop.custody import keys, opening, rebinding
 from swtpm_prop.custody.form import form
 from swtpm_prop.custody.keys import KeyRecord
-from swtpm_prop.errors import Error, HostError, TrustError
+from swtpm_prop.errors import DomainError, Error, HostError, TrustError
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import KEY_BYTES
 from swtpm_prop.transfer.journal import Journal
@@ -32,16 +33,21 @@ class Standing(NamedTuple):
         uuid: the guest's.
         record: what this host has; None if that is damaged.
         refusal: why it does not open here now; None: it does.
+        name: the guest's; empty: libvirt here does not have it; None: libvirt cannot be asked.
     """
 
     uuid: str
     record: KeyRecord | None
     refusal: Error | None
+    name: str | None
 
 
 @click.group()
 def command() -> None:
     """Keys of guests, which this host's TPM opens in an approved state of the host only."""
+
+
+command.add_command(key_forget.forget)
 
 
 @command.command()
@@ -51,19 +57,21 @@ def command() -> None:
 def show(ctx: click.Context, guest: str | None, uri: str, as_json: bool) -> None:
     """Show whose keys this host has, what they demand of it, and whether they open now.
 
-    GUEST is a name or a UUID; without one all are listed. Exit status 1 if one does not open.
+    GUEST is a name or a UUID; without one all are listed, those too whose guest is not defined here any more. Exit
+    status 1 if one does not open.
     """
     layout = _layout(ctx)
     asked = [guest_uuid(guest, uri)] if guest else sorted(path.stem for path in layout.keys.glob("*.json"))
-    found = [_standing(uuid, layout) for uuid in asked]
+    names = _names(uri)
+    found = [Standing(uuid, *_opened(uuid, layout), _name(uuid, names)) for uuid in asked]
     if as_json:
         shown = [_for_programs(standing, layout) for standing in found]
         output.print_json(shown[0] if guest else shown)
     elif guest:
         _print(found[0], layout)
     elif found:
-        columns = ("guest", "demands of its host", "opens")
-        rows = [(s.uuid, s.record.property if s.record else "?", _opens(s)) for s in found]
+        columns = ("guest", "name", "demands of its host", "opens")
+        rows = [(s.uuid, _called(s), s.record.property if s.record else "?", _opens(s)) for s in found]
         output.table(columns, rows)
     else:
         click.echo("this host has no key of a guest")
@@ -89,7 +97,7 @@ def rebind(ctx: click.Context, guest: str, uri: str, property: str | None, accep
     # A guest that goes to another host meanwhile takes its key away: a record sealed anew must not outlive that.
     with Journal(layout).locked(uuid):
         record = rebinding.rebind(uuid, property, accept_plain, layout)
-    _done(record, as_json, layout)
+    _done(record, uri, as_json, layout)
 
 
 @command.command()
@@ -125,7 +133,7 @@ def recover(
     place = source or keys.recovery_copy(uuid, layout)
     with Journal(layout).locked(uuid):
         record = rebinding.recover(uuid, private, place, property, swtpm_account(layout), layout)
-    _done(record, as_json, layout)
+    _done(record, uri, as_json, layout)
 
 
 def _layout(ctx: click.Context) -> Layout:
@@ -145,21 +153,36 @@ def _recovery_key(path: Path, passphrase_file: Path | None) -> ec.EllipticCurveP
     return key
 
 
-def _standing(uuid: str, layout: Layout) -> Standing:
+def _opened(uuid: str, layout: Layout) -> tuple[KeyRecord | None, Error | None]:
+    """A guest's record, and why its key does not open."""
     record = None
     try:
         record = keys.load(uuid, layout)
         if record is None:
-            raise HostError(
-                "custody.no-record",
-                f"this host has no key of guest {uuid}",
-                "its first start with custody makes one; if it has left, 'swtpm-prop transfer show' says where it went",
-            )
+            raise without_record(uuid)
         with opening.hardware(layout) as tpm:
             opening.open_(record, tpm, layout)
     except Error as error:
-        return Standing(uuid, record, error)
-    return Standing(uuid, record, None)
+        return record, error
+    return record, None
+
+
+def _names(uri: str) -> dict[str, str] | None:
+    """As `known_here`; None if libvirt cannot be asked: keys are there without it."""
+    try:
+        return known_here(uri)
+    except DomainError:
+        return None
+
+
+def _name(uuid: str, names: dict[str, str] | None) -> str | None:
+    return None if names is None else names.get(uuid, "")
+
+
+def _called(standing: Standing) -> output.Painted:
+    if standing.name is None:
+        return output.paint("?", "yellow")
+    return output.paint(standing.name, None) if standing.name else output.paint("not defined here", "yellow")
 
 
 def _opens(standing: Standing) -> output.Painted:
@@ -175,6 +198,7 @@ def _print(standing: Standing, layout: Layout) -> None:
     recovery = ", ".join(wrap.keyid[:16] for wrap in record.recovery) or "none: the TPM is lost with this host"
     rows = [
         ("guest", record.uuid),
+        ("name", _called(standing)),
         ("demands of its host", record.property),
         ("by the word of key", keyid(record.authority_key())[:16]),
         ("moved between hosts", f"{record.epoch} times"),
@@ -189,7 +213,8 @@ def _print(standing: Standing, layout: Layout) -> None:
 
 def _for_programs(standing: Standing, layout: Layout) -> dict[str, Any]:
     record, refusal = standing.record, standing.refusal
-    about: dict[str, Any] = {"guest": standing.uuid, "opens": refusal is None}
+    about: dict[str, Any] = {"guest": standing.uuid, "name": standing.name or None}
+    about |= {"defined": None if standing.name is None else bool(standing.name), "opens": refusal is None}
     if refusal:
         about["refusal"] = {"id": refusal.id, "what": refusal.what, "mend": refusal.mend}
     if record:
@@ -203,8 +228,8 @@ def _for_programs(standing: Standing, layout: Layout) -> dict[str, Any]:
     return about
 
 
-def _done(record: KeyRecord, as_json: bool, layout: Layout) -> None:
-    standing = Standing(record.uuid, record, None)
+def _done(record: KeyRecord, uri: str, as_json: bool, layout: Layout) -> None:
+    standing = Standing(record.uuid, record, None, _name(record.uuid, _names(uri)))
     if as_json:
         output.print_json(_for_programs(standing, layout))
     else:

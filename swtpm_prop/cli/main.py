@@ -18,7 +18,7 @@ NOUNS = {
     "fleet": "admit hosts to a fleet and revoke them",
     "host": "this host's TPM: keys, enrolment, which states are approved",
     "install": "put swtpm-prop into this host's libvirt",
-    "key": "whose keys this host's TPM keeps; seal one anew, bring one back",
+    "key": "whose keys this host's TPM keeps; seal one anew, bring one back, forget one",
     "pcr": "predict PCR values to seal to or to expect in a quote",
     "store": "publish and follow certificates, build and ask the index",
     "transfer": "migrations under way, and deciding one that stays open",
