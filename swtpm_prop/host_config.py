@@ -56,7 +56,7 @@ class AgentConfig(NamedTuple):
         listen: where the agent listens for other hosts.
         endpoint: where other hosts reach it; empty: this host's name and the port of ``listen``.
         peers: agents to ask for a guest whose metadata names none.
-        metrics: where the agent serves its metrics.
+        metrics: where the agent serves its metrics and its health, on loopback.
     """
 
     listen: str = "0.0.0.0:4879"
@@ -189,11 +189,24 @@ def _endpoint(value: Any) -> str:
     return _text(value)
 
 
+def _loopback(value: Any) -> str:
+    from ipaddress import ip_address  # every start of a guest in custody reads this file; few say this
+
+    host = _endpoint(value).rpartition(":")[0].strip("[]")
+    try:
+        loopback = host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise ValueError("is not on loopback (127.0.0.0/8, [::1] or localhost): whoever asks is not asked who it is")
+    return _text(value)
+
+
 _AGENT = {
     "listen": _endpoint,
     "endpoint": lambda value: value if value == "" else _endpoint(value),
     "peers": _list(_endpoint),
-    "metrics": _endpoint,
+    "metrics": _loopback,
 }
 
 

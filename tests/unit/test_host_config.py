@@ -64,6 +64,24 @@ def test_what_makes_no_sense(tmp_path: Path, data: bytes) -> None:
     assert refused.value.id == "host.config"
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.255.1.2", "[::1]", "::1", "localhost"])
+def test_metrics_are_served_on_loopback(tmp_path: Path, host: str) -> None:
+    (tmp_path / "host.toml").write_text(f'[agent]\nmetrics = "{host}:9879"\n')
+    assert load(tmp_path / "host.toml").agent.metrics == f"{host}:9879"
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["0.0.0.0", "[::]", "192.0.2.1", "128.0.0.1", "a.example", "localhost.a.example", "127.0.0.1.a", "127.0.0.256"],
+)
+def test_metrics_are_served_nowhere_else(tmp_path: Path, host: str) -> None:
+    (tmp_path / "host.toml").write_text(f'[agent]\nmetrics = "{host}:9879"\n')
+    with pytest.raises(HostError) as refused:
+        load(tmp_path / "host.toml")
+    assert refused.value.id == "host.config"
+    assert "agent.metrics is not on loopback" in refused.value.what
+
+
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(HostError):
         load(tmp_path)
