@@ -51,6 +51,10 @@ class Layout:
         """What the TPM's part of the migration stream is encrypted under; as `state_key`."""
         return self.guest_run(uuid) / "migration-key"
 
+    def arriving_key(self, id: str) -> Path:
+        """The opened key of a guest that is about to arrive by the transfer ``id``; between two hooks, for a moment."""
+        return self.run / "arriving" / id
+
     def guest_log(self, uuid: str) -> Path:
         """The guest's property log, JSON lines."""
         return self.logs / f"{uuid}.jsonl"
@@ -62,3 +66,7 @@ class Layout:
     def qemu_log(self, name: str) -> Path:
         """Where libvirt notes why a guest ended, by its name without a slash (src/qemu/qemu_domain.c)."""
         return self.root / "var/log/libvirt/qemu" / f"{name}.log"
+
+    def guest_status(self, name: str) -> Path:
+        """Where libvirt keeps the status of a running guest, by its name without a slash (src/qemu/qemu_conf.c)."""
+        return self.root / "run/libvirt/qemu" / f"{name}.xml"

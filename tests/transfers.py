@@ -6,10 +6,11 @@ import hashlib
 from pathlib import Path
 
 from swtpm_prop.custody import keys
-from swtpm_prop.custody.keys import KeyRecord
+from swtpm_prop.custody.keys import KEY_BYTES, KeyRecord
 from swtpm_prop.custody.objects import ImportBlob, Sealed
 from swtpm_prop.errors import TransferError
 from swtpm_prop.layout import Layout
+from swtpm_prop.transfer.handover import Arrival
 from swtpm_prop.transfer.journal import Journal, Transfer
 from swtpm_prop.transfer.machine import Event, Presence, Side, State
 from swtpm_prop.transfer.messages import Report
@@ -49,7 +50,10 @@ class Network:
 
 
 class SimulatedHost:
-    """A host with a real journal and real key records, and keys that no TPM knows."""
+    """A host with a real journal and real key records, and keys that no TPM knows.
+
+    Where ``directory`` is not in memory, opened keys are not left between hooks.
+    """
 
     def __init__(self, name: str, directory: Path, network: Network, clock: Clock) -> None:
         self.name = name
@@ -91,7 +95,12 @@ class SimulatedHost:
     @property
     def opens(self) -> bool:
         """Whether anything on this host opens the guest's key."""
-        return self.key is not None or any(known.key for known in self.journal.of(UUID))
+        return self.key is not None or any(known.key for known in self.journal.of(UUID)) or bool(self.left)
+
+    @property
+    def left(self) -> list[Path]:
+        """Keys that lie open between two hooks."""
+        return list(self.layout.arriving_key("").glob("*"))
 
     @property
     def has_state(self) -> bool:
@@ -127,6 +136,11 @@ def key_record(host: str, epoch: int) -> KeyRecord:
     return KeyRecord(UUID, epoch, PROPERTY, "an authority", sealed, (), encrypted=True)
 
 
+def arrival(host: str, epoch: int) -> Arrival:
+    """A key that came, opened."""
+    return Arrival(key_record(host, epoch), bytes([epoch]) * KEY_BYTES)
+
+
 def hand_over(source: SimulatedHost, destination: SimulatedHost, id: str) -> Transfer:
     """The key changes hosts as in the conversation, without evidence."""
     destination.hook.ask(Transfer(id, Side.DESTINATION, State.ASKED, UUID, 0, source.name, "source:1"))
@@ -142,7 +156,7 @@ def hand_over(source: SimulatedHost, destination: SimulatedHost, id: str) -> Tra
     except BaseException:
         destination.hook.give_up(id, offered=False)
         raise
-    return destination.hook.imported(id, key_record(destination.name, record.epoch + 1))
+    return destination.hook.imported(id, arrival(destination.name, record.epoch + 1))
 
 
 def switch_over(source: SimulatedHost, destination: SimulatedHost) -> None:

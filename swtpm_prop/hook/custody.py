@@ -16,6 +16,7 @@ from swtpm_prop.layout import Layout
 if TYPE_CHECKING:
     from swtpm_prop.custody.keys import KeyRecord
     from swtpm_prop.custody.state import Place
+    from swtpm_prop.transfer.handover import Arrival
     from swtpm_prop.transfer.journal import Transfer
     from swtpm_prop.transfer.messages import Report
     from swtpm_prop.transfer.settle import Reach
@@ -138,16 +139,16 @@ def key_for_start(uuid: str, property: str | None, transfer: str, account: Accou
     if property is not None:
         _look_at_memory(layout)
     if arriving is not None:
-        return Start(_unsealed(case, arriving), receives=True)
+        return Start(_arrived(case, arriving), receives=True)
     step = MATRIX[property is not None, _kept(uuid, layout), form(layout.guest_tpm(uuid))]
     return Start(_TAKEN[step](case))
 
 
-def gate(uuid: str, transfer: str, layout: Layout) -> KeyRecord | None:
+def gate(uuid: str, transfer: str, layout: Layout) -> Arrival | None:
     """Ask the journal of transfers whether the guest may start here.
 
     Returns:
-        The record of the key that came with the guest which this start receives; None for an ordinary start.
+        The key that came with the guest which this start receives; None for an ordinary start.
 
     Raises:
         TransferError: it may not: its place is another host, or nobody knows.
@@ -322,17 +323,26 @@ def _open(case: Case, record: KeyRecord) -> bytes:
     return key
 
 
+def _arrived(case: Case, arrival: Arrival) -> bytes:
+    _check_property(case, arrival.record)
+    return arrival.key or _unsealed(case, arrival.record)
+
+
 def _unsealed(case: Case, record: KeyRecord) -> bytes:
     from swtpm_prop.custody import opening
 
+    _check_property(case, record)
+    with opening.hardware(case.layout) as tpm:
+        return opening.open_(record, tpm, case.layout)
+
+
+def _check_property(case: Case, record: KeyRecord) -> None:
     if record.property != case.property:
         raise HostError(
             "custody.property-changed",
             f"the guest demands '{case.property}' of its host, its key was sealed for '{record.property}'",
             f"if that is right, 'swtpm-prop key rebind {case.uuid}'",
         )
-    with opening.hardware(case.layout) as tpm:
-        return opening.open_(record, tpm, case.layout)
 
 
 def _without_key(uuid: str) -> HostError:

@@ -6,9 +6,9 @@ import secrets
 from collections.abc import Callable, Generator
 from typing import NamedTuple, TypeVar
 
-from swtpm_prop.custody.keys import KeyRecord
 from swtpm_prop.errors import TransferError
 from swtpm_prop.transfer.answer import Ends, out_of_turn
+from swtpm_prop.transfer.handover import Arrival
 from swtpm_prop.transfer.journal import Transfer
 from swtpm_prop.transfer.machine import Side, State
 from swtpm_prop.transfer.messages import NONCE_BYTES, Ask, Challenge, Key, Message, Proof, Refused, binding
@@ -26,12 +26,12 @@ class Destination(NamedTuple):
     Attributes:
         parent_name: Name of the host's storage parent, 34 bytes.
         prove: evidence over this binding, for what demands this property; as `evidence.to_object`.
-        take: the record of a guest's key that came in this message; raises an Error if this host cannot open it.
+        take: a guest's key that came in this message, opened; raises an Error if this host cannot open it.
     """
 
     parent_name: Callable[[], bytes]
     prove: Callable[[bytes, str], Object]
-    take: Callable[[str, Challenge, Key], KeyRecord]
+    take: Callable[[str, Challenge, Key], Arrival]
 
 
 def new(uuid: str, endpoint: str) -> Ask:

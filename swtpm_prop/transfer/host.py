@@ -15,6 +15,7 @@ from swtpm_prop.errors import TransferError
 from swtpm_prop.layout import Layout
 from swtpm_prop.transfer.answer import Source
 from swtpm_prop.transfer.ask import Destination
+from swtpm_prop.transfer.handover import Arrival
 from swtpm_prop.transfer.machine import Presence
 from swtpm_prop.transfer.messages import Challenge, Key
 from swtpm_prop.trust import issuers
@@ -57,7 +58,7 @@ def destination(layout: Layout) -> Destination:
             tpm.raise_epoch(approved.epoch)
             return evidence.to_object(evidence.make(tpm, layout.host_keys, binding, sorted(approved.pcrs(property))))
 
-    def take(uuid: str, challenge: Challenge, key: Key) -> KeyRecord:
+    def take(uuid: str, challenge: Challenge, key: Key) -> Arrival:
         public = approvals.authority(issuers.load(layout.trust), challenge.property)
         demanded = policy.key_policy(policy.authority_name(public), challenge.property).digest
         with opening.hardware(layout) as tpm:
@@ -66,8 +67,7 @@ def destination(layout: Layout) -> Destination:
                 uuid, challenge.epoch + 1, challenge.property, keys.pem(public), sealed, key.recovery, encrypted=True
             )
             # Said here, a refusal leaves the migration as if it had never been asked for.
-            opening.open_(record, tpm, layout)
-        return record
+            return Arrival(record, opening.open_(record, tpm, layout))
 
     return Destination(parent_name, prove, take)
 

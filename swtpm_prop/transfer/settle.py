@@ -8,12 +8,12 @@ from contextlib import suppress
 from typing import ClassVar, NamedTuple
 
 from swtpm_prop.custody import keys, mounts
-from swtpm_prop.custody.keys import KeyRecord
 from swtpm_prop.custody.objects import ImportBlob
 from swtpm_prop.errors import Error, TransferError
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import ARRIVAL_SECONDS, SETTLE_ROUNDS
-from swtpm_prop.transfer import machine
+from swtpm_prop.transfer import handover, machine
+from swtpm_prop.transfer.handover import Arrival
 from swtpm_prop.transfer.journal import Journal, Transfer
 from swtpm_prop.transfer.machine import Action, Event, Gate, Presence, Side, State
 from swtpm_prop.transfer.messages import Report
@@ -78,7 +78,7 @@ class Settler:
                 if at is None or transfer.since < at:
                     self._learn(transfer, events)
 
-    def arrive(self, uuid: str) -> KeyRecord | None:
+    def arrive(self, uuid: str) -> Arrival | None:
         """The key for a guest whose receiving process libvirt is about to start; None: it is an ordinary start.
 
         Each transfer gives its key once: what is started of the guest next is no arrival.
@@ -92,9 +92,9 @@ class Settler:
             newest = self.journal.of(uuid)[0]
             if newest.state is not State.IMPORTED or self._stale(newest):
                 return None
-            record = keys.parse(newest.key.encode(), uuid)
+            arrival = Arrival(keys.parse(newest.key.encode(), uuid), handover.take(newest.id, self._layout))
             self._step(newest, Event.ARRIVE)
-            return record
+            return arrival
 
     def gate(self, uuid: str) -> None:
         """Let an ordinary start of the guest pass, or not; libvirt is about to do it, so no process of it is here.
@@ -156,8 +156,8 @@ class Settler:
                     raise _open(known)
             self.journal.begin(asked)
 
-    def imported(self, id: str, record: KeyRecord) -> Transfer:
-        """Write down that the key is here.
+    def imported(self, id: str, arrival: Arrival) -> Transfer:
+        """Write down that the key is here, and leave it for the start that receives the guest.
 
         Raises:
             TransferError: ``transfer.not-now``: this took so long that the transfer was given up.
@@ -166,8 +166,12 @@ class Settler:
         with self.journal.locked(known.uuid):
             known = self._known(id)
             step = machine.step(known.side, known.state, Event.IMPORT)
-            key = keys.serialise(record).decode()
-            return self.journal.enter(known._replace(epoch=record.epoch - 1, key=key), step.state, due=False)
+            record, key = arrival
+            known = known._replace(epoch=record.epoch - 1, key=keys.serialise(record).decode())
+            known = self.journal.enter(known, step.state, due=False)
+            if key is not None:
+                handover.leave(id, key, self._layout)
+            return known
 
     def give_up(self, id: str, offered: bool) -> None:
         """The key did not come.
@@ -385,6 +389,7 @@ class Settler:
         return self.journal.save(transfer._replace(key="", adopted=True))
 
     def _forget(self, transfer: Transfer) -> Transfer:
+        handover.discard(transfer.id, self._layout)
         record = keys.load(transfer.uuid, self._layout)
         if record is not None and (
             (transfer.adopted and record.epoch == transfer.epoch + 1)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from transfers import BLOB, UUID, Clock, Network, SimulatedHost, key_record
+from transfers import BLOB, UUID, Clock, Network, SimulatedHost, arrival
 
 from swtpm_prop.custody import durable
 from swtpm_prop.errors import TransferError
@@ -47,7 +47,7 @@ class Migration(NamedTuple):
 class Hosts(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.directory = Path(tempfile.mkdtemp())
+        self.directory = Path(tempfile.mkdtemp(dir="/dev/shm"))
         self.network = Network()
         self.clock = Clock()
         self.hosts = {name: SimulatedHost(name, self.directory, self.network, self.clock) for name in NAMES}
@@ -98,7 +98,7 @@ class Hosts(RuleBasedStateMachine):
             offered = True
             if lost:
                 raise TransferError("transfer.connection", "lost")
-            destination.hook.imported(id, key_record(destination.name, record.epoch + 1))
+            destination.hook.imported(id, arrival(destination.name, record.epoch + 1))
         except TransferError:
             destination.hook.give_up(id, offered)
             return False
@@ -227,6 +227,12 @@ class Hosts(RuleBasedStateMachine):
         if hasattr(self, "last"):
             assert self.last.opens
             assert self.last.has_state
+
+    @invariant()
+    def a_key_lies_open_only_while_it_is_awaited(self) -> None:
+        for host in self.hosts.values():
+            awaited = {known.id for known in host.journal.of(UUID) if known.state is State.IMPORTED}
+            assert {path.name for path in host.left} <= awaited
 
     def come_to_rest(self) -> None:
         """Everything answers again and time passes: the journals agree, or the operator says one word."""

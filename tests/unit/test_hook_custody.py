@@ -19,6 +19,7 @@ from swtpm_prop.custody.form import PERMANENT, Form, form
 from swtpm_prop.custody.keys import KeyRecord, migration_key
 from swtpm_prop.domain.arrival import note
 from swtpm_prop.hook.custody import MATRIX, Kept, Step
+from swtpm_prop.transfer import handover
 from swtpm_prop.transfer.journal import Journal, Transfer
 from swtpm_prop.transfer.machine import Side, State
 from tests.custodian import (
@@ -363,14 +364,29 @@ def arrived(host: CustodyHost) -> bytes:
     return key
 
 
+def test_a_key_that_lies_open_is_for_the_property_it_came_for(
+    host: CustodyHost, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrived(host)
+    handover.leave(ID, bytes(32), host.layout)
+    assert host.hook("prepare", note(domain(APPROVED + "/other", migration=True), ID)) == 1
+    assert said(capsys) == "custody.property-changed"
+    assert handed_over(host) is None
+    assert not host.layout.arriving_key(ID).exists()
+
+
+@pytest.mark.parametrize("left", [None, b"left by the hook before, opened:"])
 def test_the_start_that_receives_a_guest_gets_the_key_that_came_once(
-    host: CustodyHost, directory: Path, plain: Path, capsys: pytest.CaptureFixture[str]
+    host: CustodyHost, directory: Path, plain: Path, capsys: pytest.CaptureFixture[str], left: bytes | None
 ) -> None:
     put(directory, plain.read_bytes(), host)  # of an earlier stay
     key = arrived(host)
+    if left is not None:
+        handover.leave(ID, left, host.layout)
     xml = note(domain(migration=True), ID)
     assert host.hook("prepare", xml) == 0
-    assert handed_over(host) == key
+    assert handed_over(host) == (left or key)
+    assert not host.layout.arriving_key(ID).exists()
     assert keys.load(UUID, host.layout) is None
     (known,) = Journal(host.layout).of(UUID)
     assert known.state is State.ARRIVING
@@ -383,8 +399,10 @@ def test_an_ordinary_start_does_not_pass_for_the_one_that_receives_the_guest(
 ) -> None:
     arrived(host)
     for xml in (domain(migration=True), note(domain(migration=True), "00" * 16)):
+        handover.leave(ID, bytes(32), host.layout)
         assert host.hook("prepare", xml) == 1
         assert handed_over(host) is None
+        assert not host.layout.arriving_key(ID).exists()
         assert said(capsys).startswith("transfer.")
         (known,) = Journal(host.layout).of(UUID)
         assert known.state is State.CANCELLED

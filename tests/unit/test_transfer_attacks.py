@@ -97,8 +97,9 @@ def test_the_key_moves_and_only_there_it_opens(fleet: Fleet) -> None:
     assert transfer.state is State.IMPORTED
     assert (a.states(), b.states()) == (["offered"], ["imported"])
     assert a.open() == fleet.key
-    record = b.hook.arrive(UUID)
-    assert record is not None
+    arrival = b.hook.arrive(UUID)
+    assert arrival is not None
+    record = arrival.record
     assert (record.epoch, record.property) == (1, PROPERTY)
     with opening.hardware(b.layout) as tpm:
         assert opening.open_(record, tpm, b.layout) == fleet.key
@@ -129,7 +130,7 @@ def test_recovery_copies_travel(fleet: Fleet) -> None:
     fleet.b.fetch(fleet.a.endpoint)
     arrived = fleet.b.hook.arrive(UUID)
     assert arrived is not None
-    assert arrived.recovery == wraps
+    assert arrived.record.recovery == wraps
 
 
 # -- what must be refused before anything is given away -----------------------------------------
@@ -393,7 +394,8 @@ def test_a_captured_key_opens_nowhere_else(fleet: Fleet) -> None:
     assert fleet.key not in b"".join(captured.blob)
     assert refusal(lambda: fleet.c.destination().take(UUID, challenge, captured)) == "tpm.foreign-object"
     assert refusal(lambda: fleet.a.destination().take(UUID, challenge, captured)) == "tpm.foreign-object"
-    record = fleet.b.destination().take(UUID, challenge, captured)
+    record, key = fleet.b.destination().take(UUID, challenge, captured)
+    assert key == fleet.key
     with opening.hardware(fleet.c.layout) as tpm:
         assert refusal(lambda: opening.open_(record, tpm, fleet.c.layout)) == "tpm.foreign-object"
 

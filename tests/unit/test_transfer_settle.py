@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from transfers import BLOB, UUID, Clock, Network, SimulatedHost, hand_over, key_record, migrate, switch_over
+from custodian import memory_directory
+from transfers import BLOB, UUID, Clock, Network, SimulatedHost, arrival, hand_over, key_record, migrate, switch_over
 
 from swtpm_prop.custody import keys, mounts
 from swtpm_prop.errors import TransferError
+from swtpm_prop.transfer.handover import Arrival
 from swtpm_prop.transfer.journal import Transfer
 from swtpm_prop.transfer.machine import Event, Presence, Side, State
 from swtpm_prop.transfer.messages import Report
@@ -27,20 +30,26 @@ def network() -> Network:
 
 
 @pytest.fixture
-def a(tmp_path: Path, network: Network, clock: Clock) -> SimulatedHost:
-    host = SimulatedHost("a", tmp_path, network, clock)
+def memory() -> Iterator[Path]:
+    with memory_directory() as path:
+        yield path
+
+
+@pytest.fixture
+def a(memory: Path, network: Network, clock: Clock) -> SimulatedHost:
+    host = SimulatedHost("a", memory, network, clock)
     host.create()
     return host
 
 
 @pytest.fixture
-def b(tmp_path: Path, network: Network, clock: Clock) -> SimulatedHost:
-    return SimulatedHost("b", tmp_path, network, clock)
+def b(memory: Path, network: Network, clock: Clock) -> SimulatedHost:
+    return SimulatedHost("b", memory, network, clock)
 
 
 @pytest.fixture
-def c(tmp_path: Path, network: Network, clock: Clock) -> SimulatedHost:
-    return SimulatedHost("c", tmp_path, network, clock)
+def c(memory: Path, network: Network, clock: Clock) -> SimulatedHost:
+    return SimulatedHost("c", memory, network, clock)
 
 
 def refused(host: SimulatedHost) -> TransferError:
@@ -326,8 +335,25 @@ def test_nothing_to_resolve(a: SimulatedHost) -> None:
 
 def test_a_key_arrives_once(a: SimulatedHost, b: SimulatedHost) -> None:
     hand_over(a, b, ONE)
-    assert b.hook.arrive(UUID) == key_record("b", 1)
+    assert [path.stat().st_mode & 0o7777 for path in b.left] == [0o600]
+    assert b.hook.arrive(UUID) == arrival("b", 1)
+    assert not b.left
     assert b.hook.arrive(UUID) is None
+
+
+def test_a_key_is_left_open_in_memory_only(tmp_path: Path, network: Network, clock: Clock, a: SimulatedHost) -> None:
+    on_disk = SimulatedHost("c", tmp_path, network, clock)
+    hand_over(a, on_disk, ONE)
+    assert not on_disk.left
+    assert on_disk.hook.arrive(UUID) == Arrival(key_record("c", 1), None)
+
+
+@pytest.mark.parametrize("wrong", [b"", bytes(31), bytes(33)])
+def test_a_key_that_was_not_left_whole_is_opened_anew(a: SimulatedHost, b: SimulatedHost, wrong: bytes) -> None:
+    hand_over(a, b, ONE)
+    b.left[0].write_bytes(wrong)
+    assert b.hook.arrive(UUID) == Arrival(key_record("b", 1), None)
+    assert not b.left
 
 
 def test_a_key_that_waits_too_long_does_not_arrive(a: SimulatedHost, b: SimulatedHost, clock: Clock) -> None:
@@ -335,7 +361,9 @@ def test_a_key_that_waits_too_long_does_not_arrive(a: SimulatedHost, b: Simulate
     hand_over(a, b, ONE)
     clock.now += 120
     assert b.hook.arrive(UUID) is None
+    assert b.left
     assert refused(b).id == "transfer.too-late"
+    assert not b.left
     assert not b.opens
     a.agent.settle(UUID)
     assert a.states() == ["closed"]
@@ -346,7 +374,7 @@ def test_asking_takes_too_long(a: SimulatedHost, b: SimulatedHost, clock: Clock)
     clock.now += 120
     b.agent.settle(UUID)
     with pytest.raises(TransferError) as caught:
-        b.hook.imported(ONE, key_record("b", 1))
+        b.hook.imported(ONE, arrival("b", 1))
     assert caught.value.id == "transfer.not-now"
     assert not b.opens
 
