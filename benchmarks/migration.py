@@ -24,7 +24,7 @@ from lab.domain import Domain
 from lab.host import Host, laboratory
 from lab.machine import Machine
 
-sys.path.append(str(Path(__file__).parent.parent / "tests/host"))
+sys.path += [str(Path(__file__).parent.parent / place) for place in ("tests", "tests/host")]
 
 from fleet import Fleet
 from product import Product

@@ -18,7 +18,7 @@ from lab.host import laboratory
 from lab.machine import Machine
 from swtpm_prop.layout import Layout
 
-sys.path.append(str(Path(__file__).parent.parent / "tests/host"))
+sys.path += [str(Path(__file__).parent.parent / place) for place in ("tests", "tests/host")]
 
 from fleet import Fleet
 from product import Product
