@@ -299,7 +299,11 @@ ARRIVAL_SECONDS = 60
 transfer that did not come so far is given up."""
 
 FETCH_SECONDS = 30
-"""Longest a hook asks another host for a key; it takes 0.3 s, and 3 s when ten guests come at once."""
+"""Longest a hook asks other hosts for a key, all together; it takes 0.3 s, and 3 s when ten guests come at once.
+AGENT_TALK_SECONDS of these are left to the talk with the host that has it."""
+
+REACH_SECONDS = 1.5
+"""Least to connect to each of several hosts: a first packet that is lost is sent again after 1 s (RFC 6298, 2.1)."""
 
 REPORT_SECONDS = 5
 """Longest to ask a peer how far a transfer is; a guest's start may wait for it."""

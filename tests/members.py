@@ -21,6 +21,7 @@ from swtpm_prop.custody.hardware import PARENT_HANDLE
 from swtpm_prop.custody.tss2 import KeyFile
 from swtpm_prop.errors import Error
 from swtpm_prop.layout import Layout
+from swtpm_prop.limits import FETCH_SECONDS
 from swtpm_prop.transfer import host, talk
 from swtpm_prop.transfer.answer import Source
 from swtpm_prop.transfer.ask import Destination
@@ -130,8 +131,10 @@ class Member:
 
     def fetch(self, endpoint: str, destination: Destination | None = None, uuid: str = UUID) -> Transfer:
         """What the migrate hook does."""
-        taken = destination or self.destination()
-        return talk.fetch(uuid, PROPERTY, (endpoint, self.endpoint), self.identity(), taken, self.hook)
+        taken, ends = destination or self.destination(), (endpoint, self.endpoint)
+        return talk.fetch(
+            uuid, PROPERTY, ends, self.identity(), taken, self.hook, seconds=FETCH_SECONDS, reaching=FETCH_SECONDS
+        )
 
     def states(self) -> list[str]:
         return [known.state.value for known in self.journal.of(UUID)]

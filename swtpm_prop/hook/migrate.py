@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from swtpm_prop import host_config
 from swtpm_prop.attest import certificates
 from swtpm_prop.domain import arrival, stamp
@@ -9,8 +12,9 @@ from swtpm_prop.domain.identity import Identity, identify
 from swtpm_prop.errors import DomainError, Error, TransferError
 from swtpm_prop.host_config import AgentConfig
 from swtpm_prop.layout import Layout
+from swtpm_prop.limits import AGENT_TALK_SECONDS, FETCH_SECONDS, REACH_SECONDS
 from swtpm_prop.transfer import host, talk
-from swtpm_prop.transfer.journal import Journal
+from swtpm_prop.transfer.journal import Journal, Transfer
 from swtpm_prop.transfer.settle import HOOK, Settler
 from swtpm_prop.transfer.speaker import Speaker
 
@@ -43,18 +47,42 @@ def let_in(xml: bytes, property: str, allowed: bool, layout: Layout) -> bytes:
     speaker = Speaker(layout)
     here = config.reached_at(certificates.read(speaker.identity().files.tls_certificate).host)
     settler = Settler(layout, Journal(layout), HOOK, speaker.report)
+    taken = host.destination(layout)
+
+    def fetch(there: str, seconds: float, reaching: float) -> Transfer:
+        ends = (there, here)
+        return talk.fetch(
+            identity.uuid, property, ends, speaker.identity(), taken, settler, seconds=seconds, reaching=reaching
+        )
+
+    return arrival.note(xml, ask_in_turn(candidates(identity, config, here), fetch).id)
+
+
+def ask_in_turn(places: list[str], fetch: Callable[[str, float, float], Transfer]) -> Transfer:
+    """Ask hosts for the guest until one has it, FETCH_SECONDS in all.
+
+    However many of them are dead, AGENT_TALK_SECONDS are left to talk with the one that is not.
+
+    Args:
+        places: ``host:port`` of their agents.
+        fetch: asks one; is given the seconds that it may take, and those of them to connect in.
+
+    Raises:
+        Error: none has it; libvirt must refuse the migration.
+    """
+    deadline = time.monotonic() + FETCH_SECONDS
     refused: list[Error] = []
-    for there in candidates(identity, config, here):
+    for number, there in enumerate(places):
+        rest = deadline - time.monotonic()
+        if rest <= 0:
+            break
+        share = (rest - AGENT_TALK_SECONDS) / (len(places) - number)
         try:
-            transfer = talk.fetch(
-                identity.uuid, property, (there, here), speaker.identity(), host.destination(layout), settler
-            )
+            return fetch(there, rest, max(share, REACH_SECONDS))
         except Error as error:
             if error.id not in ELSEWHERE:
                 raise
             refused.append(error)
-        else:
-            return arrival.note(xml, transfer.id)
     raise _nowhere(refused)
 
 

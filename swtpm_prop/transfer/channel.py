@@ -20,6 +20,7 @@ from swtpm_prop.attest.membership import Files
 from swtpm_prop.errors import Error, TransferError
 from swtpm_prop.limits import MESSAGE_BYTES
 from swtpm_prop.transfer.messages import Message, Refused, dump, parse, refusal, too_large
+from swtpm_prop.transfer.reach import reach
 
 _LENGTH = struct.Struct(">I")
 
@@ -94,7 +95,7 @@ class Channel:
 
 @contextmanager
 def connect(
-    endpoint: str, identity: Identity, seconds: float, clock: Callable[[], float] = time.time
+    endpoint: str, identity: Identity, seconds: float, reaching: float, clock: Callable[[], float] = time.time
 ) -> Iterator[Channel]:
     """Connect to another host's agent.
 
@@ -102,6 +103,7 @@ def connect(
         endpoint: ``host:port``.
         identity: of this host.
         seconds: that all of it may take.
+        reaching: seconds of these after which a host that does not answer at all is taken for dead.
         clock: seconds since the epoch.
 
     Raises:
@@ -109,15 +111,7 @@ def connect(
         AttestError: the peer's certificate, as `certificates.verify`.
     """
     deadline = time.monotonic() + seconds
-    host, _, port = endpoint.rpartition(":")
-    try:
-        plain = socket.create_connection((host.strip("[]"), int(port)), _rest(deadline))
-    except (OSError, ValueError, OverflowError, UnicodeError) as error:
-        raise TransferError(
-            "transfer.unreachable",
-            f"the agent at '{endpoint}' cannot be reached: {error}",
-            "see that swtpm-prop's agent runs there and this port is open",
-        ) from error
+    plain = reach(endpoint, min(seconds, reaching))
     with _speak_tls(plain, identity, deadline, server=False) as connection:
         yield Channel(connection, identity, deadline, int(clock()))
 

@@ -49,7 +49,7 @@ class Speaker:
         Raises:
             Error: it cannot be reached, or another host answers in its place.
         """
-        with connect(transfer.endpoint, self.identity(), REPORT_SECONDS) as channel:
+        with connect(transfer.endpoint, self.identity(), REPORT_SECONDS, REPORT_SECONDS) as channel:
             if channel.peer != transfer.peer:
                 raise TransferError(
                     "transfer.other-peer",

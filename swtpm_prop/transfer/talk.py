@@ -7,7 +7,7 @@ from collections.abc import Generator
 from typing import TypeVar
 
 from swtpm_prop.errors import Error, TransferError
-from swtpm_prop.limits import AGENT_TALK_SECONDS, FETCH_SECONDS
+from swtpm_prop.limits import AGENT_TALK_SECONDS
 from swtpm_prop.transfer import ask as asking
 from swtpm_prop.transfer.answer import Ends, Source, answer, out_of_turn
 from swtpm_prop.transfer.ask import Destination
@@ -53,6 +53,9 @@ def fetch(
     identity: Identity,
     destination: Destination,
     settler: Settler,
+    *,
+    seconds: float,
+    reaching: float,
 ) -> Transfer:
     """Fetch a guest's key from the host where it runs, for the guest that libvirt is about to receive.
 
@@ -63,6 +66,8 @@ def fetch(
         identity: of this host.
         destination: this host's.
         settler: this host's.
+        seconds: that all of it may take.
+        reaching: seconds of these after which a host that does not answer at all is taken for dead.
 
     Returns:
         The transfer, imported; `Settler.arrive` gives its key within ARRIVAL_SECONDS.
@@ -71,7 +76,7 @@ def fetch(
         Error: there is no key, and nothing stays of the attempt but what the source has to be told.
     """
     there, here = endpoints
-    with connect(there, identity, FETCH_SECONDS) as channel:
+    with connect(there, identity, seconds, reaching) as channel:
         ends = _ends(channel)
         if ends.peer_key == ends.own_key:
             raise TransferError("transfer.self", f"'{there}' is this host itself", "see where the guest runs")

@@ -206,7 +206,7 @@ def test_another_property_than_the_metadata_demands(fleet: Fleet) -> None:
     b = fleet.b
 
     def fetch() -> object:
-        with channel.connect(fleet.a.endpoint, b.identity(), 5) as opened:
+        with channel.connect(fleet.a.endpoint, b.identity(), 5, 5) as opened:
             ends = Ends(opened.peer, opened.peer_key, opened.own_key)
             talk = asking.fetch(asking.new(UUID, b.endpoint), PROPERTY + "-2", "a:1", ends, b.destination(), b.hook)
             opened.send(next(talk))
@@ -535,7 +535,7 @@ def test_a_peer_that_says_nothing_at_all(fleet: Fleet, monkeypatch: pytest.Monke
 
 
 def test_a_source_that_is_slow(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swtpm_prop.transfer.talk.FETCH_SECONDS", 0.5)
+    monkeypatch.setattr("members.FETCH_SECONDS", 0.5)
     with doorway(lambda plain: time.sleep(2)) as endpoint:
         assert refusal(lambda: fleet.b.fetch(endpoint)) == "transfer.timeout"
     nothing_is_left(fleet)
