@@ -145,11 +145,19 @@ def transfers(patient: Patient) -> Iterator[Finding]:
 
 
 def keys_in_memory(patient: Patient) -> Iterator[Finding]:
-    """A key lies in a file from a start's preparation until its TPM has started, unless libvirtd ends in between."""
-    for path in sorted(patient.layout.run.glob("*/state-key")):
-        if time.time() - path.stat().st_mtime > START_SECONDS:
+    """A key lies in a file from a start's preparation until its TPM has started, unless libvirtd ends in between.
+
+    One that came by a migration lies in another from before that; the agent removes it if nothing starts.
+    """
+    for path in sorted([*patient.layout.run.glob("*/state-key"), *patient.layout.arriving_key("").glob("*")]):
+        if time.time() - path.stat().st_mtime <= START_SECONDS:
+            continue
+        if path.name == "state-key":
             what = f"a start of guest {path.parent.name} was cut off, and its key still lies in {path.parent}"
             yield warning("custody.key-left", what, f"start the guest; or remove {path.parent} while it is off")
+        else:
+            what = f"the arrival of a guest was cut off, and its key still lies in {path}"
+            yield warning("custody.key-left", what, "start swtpm-prop's agent, which removes it; or remove it")
 
 
 def agent(patient: Patient) -> Iterator[Finding]:

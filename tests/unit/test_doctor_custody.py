@@ -7,7 +7,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -214,8 +214,9 @@ def test_a_transfer_that_stays_open(layout: Layout) -> None:
     assert (finding.id, finding.state) == ("transfer.open", State.WARNING)
 
 
-def test_a_key_that_a_start_left(layout: Layout) -> None:
-    left = layout.state_key(UUID)
+@pytest.mark.parametrize("place", [lambda at: at.state_key(UUID), lambda at: at.arriving_key("a" * 32)])
+def test_a_key_that_a_start_left(layout: Layout, place: Callable[[Layout], Path]) -> None:
+    left = place(layout)
     left.parent.mkdir()
     left.write_text("key")
     assert list(custody.keys_in_memory(Patient(layout, True))) == []
