@@ -25,6 +25,7 @@ class Layout:
         self.keys = self.state / "keys"
         self.transfers = self.state / "transfers"
         self.run = root / "run/swtpm-prop"
+        self.arriving = self.run / "arriving"
         self.tpm_lock = self.run / "tpm.lock"
         self.logs = root / "var/log/swtpm-prop"
         self.libexec = root / "usr/libexec/swtpm-prop"
@@ -53,7 +54,7 @@ class Layout:
 
     def arriving_key(self, id: str) -> Path:
         """The opened key of a guest that is about to arrive by the transfer ``id``; between two hooks, for a moment."""
-        return self.run / "arriving" / id
+        return self.arriving / id
 
     def guest_log(self, uuid: str) -> Path:
         """The guest's property log, JSON lines."""

@@ -100,7 +100,7 @@ class SimulatedHost:
     @property
     def left(self) -> list[Path]:
         """Keys that lie open between two hooks."""
-        return list(self.layout.arriving_key("").glob("*"))
+        return list(self.layout.arriving.glob("*"))
 
     @property
     def has_state(self) -> bool:

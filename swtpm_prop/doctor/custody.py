@@ -149,7 +149,7 @@ def keys_in_memory(patient: Patient) -> Iterator[Finding]:
 
     One that came by a migration lies in another from before that; the agent removes it if nothing starts.
     """
-    for path in sorted([*patient.layout.run.glob("*/state-key"), *patient.layout.arriving_key("").glob("*")]):
+    for path in sorted([*patient.layout.run.glob("*/state-key"), *patient.layout.arriving.glob("*")]):
         if time.time() - path.stat().st_mtime <= START_SECONDS:
             continue
         if path.name == "state-key":
@@ -157,7 +157,7 @@ def keys_in_memory(patient: Patient) -> Iterator[Finding]:
             yield warning("custody.key-left", what, f"start the guest; or remove {path.parent} while it is off")
         else:
             what = f"the arrival of a guest was cut off, and its key still lies in {path}"
-            yield warning("custody.key-left", what, "start swtpm-prop's agent, which removes it; or remove it")
+            yield warning("custody.key-left", what, f"start swtpm-prop's agent, which removes it; or remove {path}")
 
 
 def agent(patient: Patient) -> Iterator[Finding]:

@@ -272,7 +272,7 @@ def _purge(layout: Layout) -> list[Done]:
 
 def _remove_record(layout: Layout, listed: Manifest | None) -> list[Done]:
     """Remove the directories that are empty now, and the manifest just before those that hold it."""
-    own = (layout.index.parent, layout.guests, layout.etc, layout.run, layout.logs, layout.libexec)
+    own = (layout.index.parent, layout.guests, layout.etc, layout.arriving, layout.run, layout.logs, layout.libexec)
     made = [at(layout.root, path) for path in reversed(listed.directories if listed else [])]
     record = manifest.path_of(layout)
     holders = [path for path in made if path in record.parents]
