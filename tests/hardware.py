@@ -20,7 +20,7 @@ class HardwareTpm:
     """A TPM with its state in ``directory``; it runs as whoever runs the test.
 
     Args:
-        directory: for state, log and lock; made if need be.
+        directory: for state, log, lock and the host's key files; made if need be.
         address: where it listens.
 
     Attributes:
@@ -32,6 +32,7 @@ class HardwareTpm:
         self.state = directory / "state"
         self.state.mkdir(parents=True, exist_ok=True)
         self.lock = directory / "tpm.lock"
+        self.keys = directory / "keys"
         self.address = address
         self.port = _two_ports(address)
         self.tcti = f"swtpm:host={address},port={self.port}"
@@ -77,7 +78,7 @@ class HardwareTpm:
 
     def open(self) -> Hardware:
         """What the product uses; a context manager."""
-        return Hardware(self.tcti, self.lock)
+        return Hardware(self.tcti, self.lock, self.keys)
 
     def extend(self, pcr: int, digest: bytes = bytes(range(32))) -> None:
         """TPM2_PCR_Extend of the SHA-256 bank, as firmware or kernel do it."""

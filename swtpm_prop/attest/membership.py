@@ -202,7 +202,7 @@ def _opened(hardware: Hardware, path: Path) -> ec.EllipticCurvePrivateKey:
             raise
         raise HostError(
             error.id,
-            "this host's TLS key does not belong to its TPM, which is another one or has lost its storage parent",
+            f"this host's TLS key does not open: {error.what}",
             "make and enrol its keys anew: swtpm-prop host init, then swtpm-prop host enroll",
         ) from error
     return ec.derive_private_key(int.from_bytes(scalar, "big"), _CURVE)

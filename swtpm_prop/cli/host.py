@@ -13,7 +13,8 @@ from swtpm_prop.attest import membership, news, report
 from swtpm_prop.cli import host_approve, host_check, output
 from swtpm_prop.cli.host_tpm import chosen_pcrs, event_log_option, pcrs_option, read_event_log, tpm
 from swtpm_prop.cli.install import root_option
-from swtpm_prop.custody import policy
+from swtpm_prop.custody import host_keys, policy
+from swtpm_prop.custody.host_keys import HostKey
 from swtpm_prop.errors import UsageError
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import ENROLMENT_BYTES, EVENT_LOG_BYTES, FLEET_CERTIFICATE_BYTES
@@ -22,6 +23,7 @@ from swtpm_prop.trust.files import read_file, write_file
 
 _FILE = click.Path(path_type=Path)
 _NEWS_BYTES = max(EVENT_LOG_BYTES, ENROLMENT_BYTES)
+_LOST = "missing: put it back from a backup; without it the key is lost if the TPM loses it"
 
 
 @click.group()
@@ -39,7 +41,8 @@ for _verb in (host_approve.approve, host_approve.revoke, host_check.check):
 def init(root: Path, as_json: bool) -> None:
     """Make keys and epoch counter in this host's TPM; what is there already stays.
 
-    The endorsement key's Name tells this TPM from all others: who admits this host compares it.
+    The endorsement key's Name tells this TPM from all others: who admits this host compares it. The other keys lie in
+    files too (TSS2 PEM, for this TPM alone): if one is removed from the TPM, this puts it back.
     """
     layout = Layout(root)
     with tpm(layout) as hardware:
@@ -47,7 +50,9 @@ def init(root: Path, as_json: bool) -> None:
         shown = {
             "endorsementKey": _name(hardware.ek_public),
             "attestationKey": _name(hardware.ak_public),
+            "attestationKeyFile": _file(layout, host_keys.AK),
             "storageParent": _name(hardware.parent_public),
+            "storageParentFile": _file(layout, host_keys.PARENT),
             "endorsementCertificate": hardware.ek_certificate() is not None,
             "epoch": hardware.epoch(),
         }
@@ -60,7 +65,9 @@ def init(root: Path, as_json: bool) -> None:
         ("endorsement key", str(shown["endorsementKey"])),
         ("its certificate", certificate),
         ("attestation key", str(shown["attestationKey"])),
+        ("its file", str(shown["attestationKeyFile"] or _LOST)),
         ("storage parent", str(shown["storageParent"])),
+        ("its file", str(shown["storageParentFile"] or _LOST)),
         ("epoch", str(shown["epoch"])),
     ]
     output.table(("In this TPM", "Value"), rows)
@@ -150,3 +157,9 @@ def update(files: tuple[Path, ...], root: Path, as_json: bool) -> None:
 def _name(public: bytes) -> str:
     """The Name of a TPM2B_PUBLIC in hex."""
     return policy.name(public[2:]).hex()
+
+
+def _file(layout: Layout, key: HostKey) -> str | None:
+    """Where the key's file lies; None if it was lost."""
+    path = layout.host_keys / key.file
+    return str(path) if path.exists() else None

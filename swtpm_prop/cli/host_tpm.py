@@ -26,7 +26,7 @@ event_log_option = click.option(
 
 def tpm(layout: Layout) -> Hardware:
     """This host's TPM, to be used in a ``with``."""
-    return Hardware(host_config.load(layout.host).tpm.tcti, layout.tpm_lock)
+    return Hardware(host_config.load(layout.host).tpm.tcti, layout.tpm_lock, layout.host_keys)
 
 
 def chosen_pcrs(pcrs: str | None, config: TpmConfig) -> Sequence[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +34,7 @@ from tpm2_pytss.types import (
     TPMT_SYM_DEF_OBJECT,
 )
 
-from swtpm_prop.custody import locks, policy, refusals
+from swtpm_prop.custody import host_keys, locks, policy, refusals
 from swtpm_prop.custody.objects import Attestation, ImportBlob, Sealed
 from swtpm_prop.custody.policy import Authorization
 from swtpm_prop.custody.refusals import naming
@@ -44,10 +44,10 @@ from swtpm_prop.tpm.algorithms import SHA256
 from swtpm_prop.tpm.commands import CC_GET_CAPABILITY, NO_SESSIONS
 from swtpm_prop.tpm.pcr import READ_PCRS, build_selection
 
-PARENT_HANDLE = 0x81005350
-"""Below this storage key lie all secrets of this software; persistent, in the owner's range."""
+PARENT_HANDLE = host_keys.PARENT.handle
+"""Below this storage key lie all secrets of this software."""
 
-AK_HANDLE = 0x81005351
+AK_HANDLE = host_keys.AK.handle
 """The attestation key."""
 
 EK_HANDLE = 0x81010001
@@ -63,7 +63,6 @@ _FLUSHED = (0x80000000, 0x02000000)
 
 _NO_SCHEME = TPMT_SIG_SCHEME(scheme=TPM2_ALG.NULL)
 _NO_WRAP = TPMT_SYM_DEF_OBJECT(algorithm=TPM2_ALG.NULL)
-_GENUINE = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth"
 
 
 class Hardware:
@@ -76,15 +75,18 @@ class Hardware:
     Args:
         tcti: how to reach it (Tss2_TctiLdr_Initialize).
         lock: file that is locked meanwhile.
+        keys: directory of this host's key files. Who initialises has to name it; who else does, hears whether the
+            storage parent itself is another one when something does not belong below it.
 
     Raises:
         HostError: on entry ``tpm.busy``, ``tpm.unreachable``; in every method ``tpm.unreachable``, ``tpm.not-started``,
             ``tpm.not-initialised``, ``tpm.owner-password``, ``tpm.failed``.
     """
 
-    def __init__(self, tcti: str, lock: Path) -> None:
+    def __init__(self, tcti: str, lock: Path, keys: Path | None = None) -> None:
         self._tcti = tcti
         self._lock = lock
+        self._keys = keys
         self._stack = ExitStack()
 
     def __enter__(self) -> Hardware:
@@ -111,16 +113,19 @@ class Hardware:
     def initialise(self) -> None:
         """Make what is missing of parent, attestation key, endorsement key and epoch counter.
 
-        Parent and attestation key are primary keys: made anew they are the same, so nothing is lost with a handle.
+        Parent and attestation key are kept in files too: what is lost of a handle comes back from there. The
+        endorsement key is a primary key: made anew it is the same.
 
         Raises:
-            HostError: ``tpm.handle-taken``.
+            HostError: ``tpm.handle-taken``; as `host_keys.settle`.
+            TrustError: as `host_keys.settle`.
         """
-        # Under the endorsement hierarchy, a key's attestations tell resets and firmware in the clear.
-        self._persist(_PARENT, ESYS_TR.OWNER, PARENT_HANDLE)
-        self._persist(_AK, ESYS_TR.ENDORSEMENT, AK_HANDLE)
+        if self._keys is None:
+            raise ValueError("no directory for key files")
+        host_keys.settle(self._tpm, self._keys)
         if not self._there(EK_HANDLE):
-            self._persist(self._endorsement[1], ESYS_TR.ENDORSEMENT, EK_HANDLE)
+            with self._flushed(self._tpm.create_primary(None, self._endorsement[1], ESYS_TR.ENDORSEMENT)[0]) as key:
+                self._tpm.evict_control(ESYS_TR.OWNER, key, EK_HANDLE)
         if not self._there(policy.COUNTER_HANDLE):
             public, _ = TPMS_NV_PUBLIC.unmarshal(policy.counter_public(written=False))
             self._tpm.nv_define_space(b"", TPM2B_NV_PUBLIC(nvPublic=public))
@@ -305,7 +310,7 @@ class Hardware:
             refusals.check_guarded(public.publicArea, authorize)
         private, _ = TPM2B_PRIVATE.unmarshal(blob.duplicate)
         seed, _ = TPM2B_ENCRYPTED_SECRET.unmarshal(blob.seed)
-        with refusals.of_object():
+        with self._belonging():
             own = self._tpm.import_(self._parent, b"", public, private, seed, _NO_WRAP)
         return Sealed(blob.public, own.marshal())
 
@@ -372,7 +377,7 @@ class Hardware:
     def _loaded(self, sealed: Sealed) -> Iterator[Any]:
         public, _ = TPM2B_PUBLIC.unmarshal(sealed.public)
         private, _ = TPM2B_PRIVATE.unmarshal(sealed.private)
-        with refusals.of_object():
+        with self._belonging():
             item = self._tpm.load(self._parent, private, public)
         with self._flushed(item):
             yield item
@@ -384,17 +389,12 @@ class Hardware:
         finally:
             self._tpm.flush_context(item)
 
-    def _persist(self, template: Any, hierarchy: Any, handle: int) -> None:
-        item, public, *_ = self._tpm.create_primary(None, template, hierarchy)
-        with self._flushed(item):
-            if not self._there(handle):
-                self._tpm.evict_control(ESYS_TR.OWNER, item, handle)
-            elif self._public(handle) != public.marshal():
-                raise HostError(
-                    "tpm.handle-taken",
-                    f"another key lies at the TPM's handle {handle:#x}",
-                    f"if nothing needs it, 'tpm2_evictcontrol -c {handle:#x}' removes it",
-                )
+    def _belonging(self) -> AbstractContextManager[None]:
+        """While something is loaded or imported below the parent."""
+        return refusals.of_object(self._parent_changed)
+
+    def _parent_changed(self) -> bool | None:
+        return None if self._keys is None else host_keys.parent_changed(self._tpm, self._keys)
 
     def _counts(self) -> bool:
         counter = self._handle(policy.COUNTER_HANDLE)
@@ -428,10 +428,6 @@ class Hardware:
     def _public(self, handle: int) -> bytes:
         public, _, _ = self._tpm.read_public(self._handle(handle))
         return bytes(public.marshal())
-
-
-_PARENT = TPM2B_PUBLIC.parse("ecc:aes128cfb", objectAttributes=f"{_GENUINE}|noda|restricted|decrypt")
-_AK = TPM2B_PUBLIC.parse("ecc:ecdsa-sha256:null", objectAttributes=f"{_GENUINE}|noda|restricted|sign")
 
 
 def _selection(numbers: list[int]) -> Any:

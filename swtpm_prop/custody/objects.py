@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Sealed(NamedTuple):
-    """A sealed secret; opens only under the parent in the TPM that made it.
+    """A sealed secret, or a key; loads only under the parent in the TPM that made it.
 
     Attributes:
         public: TPM2B_PUBLIC, its two bytes of size included (TPM 2.0 Library, part 2 section 12.2.5).

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from tpm2_pytss import TSS2_Exception
 from tpm2_pytss.constants import TPMA_OBJECT
@@ -90,13 +91,43 @@ def of_policy() -> Iterator[None]:
 
 
 @contextmanager
-def of_object() -> Iterator[None]:
-    """TPM2_Load and TPM2_Import: not made for this TPM's parent, or changed since."""
+def of_object(parent_changed: Callable[[], bool | None]) -> Iterator[None]:
+    """TPM2_Load and TPM2_Import: not made for this TPM's parent, or changed since.
+
+    Args:
+        parent_changed: asked then, whether the TPM has another parent than this host had; None: nobody knows.
+    """
+    try:
+        yield
+    except TSS2_Exception as error:
+        if _code(error) not in _FOREIGN:
+            raise
+        raise HostError("tpm.foreign-object", *_WHY_FOREIGN[parent_changed()]) from error
+
+
+_FOREIGN = (_INTEGRITY, _VALUE, 0x095, 0x092, 0x0A7)
+
+_ELSEWHERE = "start on the host whose TPM has it, or recover with a recovery key"
+
+_WHY_FOREIGN = {
+    None: ("it does not belong to this host's TPM, or is damaged", _ELSEWHERE),
+    False: ("it was made below another storage parent than this host's, which is unchanged, or is damaged", _ELSEWHERE),
+    True: (
+        "this TPM's storage parent is not this host's any more: it was cleared or replaced, or has another key there",
+        "'swtpm-prop host init' says which, and what to do",
+    ),
+}
+
+
+@contextmanager
+def of_key_file(path: Path) -> Iterator[None]:
+    """TPM2_Load of a key of this host."""
     with _when(
-        (_INTEGRITY, _VALUE, 0x095, 0x092, 0x0A7),
-        "tpm.foreign-object",
-        "it does not belong to this host's TPM, or is damaged",
-        "start on the host whose TPM has it, or recover with a recovery key",
+        _FOREIGN,
+        "tpm.cleared",
+        f"the TPM does not load '{path}': it was cleared since, or is another one, or the file is damaged",
+        f"put the right TPM or file back; if its keys are lost, move parent.pem and ak.pem out of '{path.parent}', "
+        "then 'swtpm-prop host init', 'host enroll', and 'key recover' for each guest",
     ):
         yield
 

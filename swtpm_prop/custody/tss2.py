@@ -24,6 +24,10 @@ _END = "-----END TSS2 PRIVATE KEY-----"
 _FORM = re.compile(rf"{_BEGIN}\s+([A-Za-z0-9+/=\s]+?)\s+{_END}\s*")
 
 
+OWNER = 0x40000001
+"""TPM_RH_OWNER as a parent: the standard P-256 storage key of the owner hierarchy, which every TPM can make."""
+
+
 class KeyFile(NamedTuple):
     """What a key file holds.
 

@@ -104,6 +104,7 @@ def b(here: Path, made: Path) -> Iterator[Host]:
 def on(here: Path, made: Path, name: str) -> Iterator[Host]:
     machine = Host(here, name)
     shutil.copytree(made / name / "state", machine.tpm.state, dirs_exist_ok=True)
+    shutil.copytree(made / name / "keys", machine.layout.host_keys)
     machine.boot()
     done(machine.run("init"))
     yield machine
@@ -123,6 +124,31 @@ def enrol(machine: Host, *vouched: str, name: str | None = None) -> Result:
 def approve(*words: str, machine: Host, typed: str = "y\n") -> Result:
     given = ("--property", PROPERTY, "--list", "list.json", "--key", "authority.pem")
     return machine.run("approve", *given, *words, typed=typed)
+
+
+# -- the host's TPM -----------------------------------------------------------------------------
+
+
+def test_init_shows_the_keys_and_their_files(a: Host) -> None:
+    shown = a.json("init")
+    files = {"storageParentFile": "parent.pem", "attestationKeyFile": "ak.pem"}
+    assert {field: shown[field] for field in files} == {
+        field: str(a.layout.host_keys / name) for field, name in files.items()
+    }
+    for value in shown.values():
+        assert str(value) in done(a.run("init")) or value is True
+    (a.layout.host_keys / "ak.pem").unlink()
+    assert a.json("init") == shown | {"attestationKeyFile": None}
+    assert "missing: put it back from a backup" in done(a.run("init"))
+
+
+def test_init_on_a_new_host(a: Host, tmp_path: Path) -> None:
+    with HardwareTpm(tmp_path / "new") as tpm:
+        a.layout.host.write_text(f'[tpm]\ntcti = "{tpm.tcti}"\n')
+        assert error(a.run("init")) == "tpm.cleared"
+        shutil.rmtree(a.layout.host_keys)
+        done(a.run("init"))
+        assert (a.layout.host_keys.stat().st_mode & 0o777, len(list(a.layout.host_keys.iterdir()))) == (0o700, 2)
 
 
 # -- fleet --------------------------------------------------------------------------------------

@@ -165,11 +165,14 @@ def test_to_define_something_else_in_the_counter_s_place_does_not_help(host: Har
             opened.initialise()
 
 
-def test_to_clear_the_tpm_does_not_help(host: HardwareTpm) -> None:
+def test_to_clear_the_tpm_does_not_help(host: HardwareTpm, tmp_path: Path) -> None:
     with host.open() as opened:
         sealed, before = opened.seal(KEY, POLICY), authorization(opened)
         opened.raise_epoch(5)
     assert host.send(command(CLEAR, auth=LOCKOUT))[6:10] == bytes(4)
+    with host.open() as opened, refused("tpm.cleared"):
+        opened.initialise()
+    host.keys.rename(tmp_path / "away")
     with host.open() as opened:
         opened.initialise()
         assert opened.epoch() == 6
