@@ -335,6 +335,7 @@ class LayerHost:
 
     def take_into_custody(self, key: bytes, *, uuid: str = UUID) -> None:
         """What the hook writes besides for a guest whose key is in custody (call ``opt_in`` before)."""
+        self._guest_file(self.layout.guest_run(uuid) / "keyed", "")
         self._guest_file(self.layout.state_key(uuid), key.hex())
         self._guest_file(self.layout.migration_key(uuid), migration_key(key).hex())
 

@@ -65,9 +65,10 @@ prop_check_guest() {
 }
 
 # Where the guest's key is in custody, the hook leaves it in memory until the guest has started; prop_key is its file.
+# Its sign `keyed` stays as long as what was prepared: a start that comes after that one must not do without the key.
 prop_find_key() {
     prop_key='@RUN@'/"$prop_guest"/state-key
-    [ -e "$prop_key" ] || prop_key=''
+    [ -e "$prop_key" ] || [ -e '@RUN@'/"$prop_guest"/keyed ] || prop_key=''
     [ -z "$prop_key" ] || { [ -r "$prop_key" ] && [ -r '@RUN@'/"$prop_guest"/migration-key ]; } || prop_refuse \
         "the keys of the TPM state in @RUN@/$prop_guest are missing or not readable for this user" \
         layer.key-unreadable 'shut the guest down and start it again; the hook writes these files'

@@ -104,12 +104,12 @@ def _write(uuid: str, banks: str, layer: bytes, key: bytes | None, account: Acco
 
 
 def _keys(key: bytes | None) -> dict[str, bytes]:
-    """What the shims hand to swtpm; the hook script removes both files at ``start``."""
+    """What the shims hand to swtpm; the hook script removes both keys at ``start``, and ``keyed`` refuses a second."""
     if key is None:
         return {}
     from swtpm_prop.custody.keys import migration_key
 
-    return {"state-key": key.hex().encode(), "migration-key": migration_key(key).hex().encode()}
+    return {"state-key": key.hex().encode(), "migration-key": migration_key(key).hex().encode(), "keyed": b""}
 
 
 def _layer(uuid: str, vtpm: Vtpm, layout: Layout) -> bytes:

@@ -118,9 +118,24 @@ def test_a_plain_swtpm_does_not_open_the_state(tpm: Tpm, base: Path) -> None:
 
 def test_once_started_a_second_start_has_no_key_and_fails_closed(tpm: Tpm, host: LayerHost, base: Path) -> None:
     tpm.shutdown()
-    with host.tpm(base) as second, pytest.raises(TpmError):
-        second.up()
+    with pytest.raises(TpmError, match=r"layer\.key-unreadable"), host.tpm(base):
+        pass
     assert form(base / UUID / "tpm2") is Form.ENCRYPTED
+
+
+def test_nor_does_it_make_a_plain_state_where_the_encrypted_one_is_gone(tpm: Tpm, host: LayerHost, base: Path) -> None:
+    tpm.shutdown()
+    state = base / UUID / "tpm2"
+    (state / PERMANENT).unlink()
+    with pytest.raises(TpmError, match=r"layer\.key-unreadable"), host.tpm(base):
+        pass
+    made = subprocess.run(
+        [host.setup_shim, "--tpm2", "--tpm-state", state, "--vmid", f"g:{UUID}"],
+        user=USER, group=USER, extra_groups=[], cwd="/", env={**host.env, "HOME": "/nonexistent"}, capture_output=True,
+    )  # fmt: skip
+    assert made.returncode == 1
+    assert b"[layer.key-unreadable]" in made.stderr
+    assert form(state) is Form.NONE
 
 
 def test_another_key_does_not_open_the_state(tpm: Tpm, host: LayerHost, base: Path) -> None:

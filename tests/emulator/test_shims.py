@@ -259,6 +259,17 @@ def test_a_key_that_cannot_be_read_is_no_start_without_one(directory: Path, name
     assert "[layer.key-unreadable]" in ran.stderr
 
 
+@pytest.mark.parametrize("name", ["swtpm", "swtpm_setup"])
+def test_a_start_that_was_prepared_with_keys_is_none_without_them(shimmed: Shimmed, name: str) -> None:
+    """The hook has removed them at ``start``, and was not asked again."""
+    shimmed.opt_in()
+    (shimmed.layout.guest_run(UUID) / "keyed").touch()
+    ran = shimmed.run(name, ["socket", "--tpmstate", STATE])
+    assert ran.returncode == 1
+    assert ran.stderr.count("\n") == 1
+    assert "[layer.key-unreadable]" in ran.stderr
+
+
 @pytest.mark.root
 def test_guests_that_cannot_be_looked_up_do_not_start(directory: Path) -> None:
     shimmed = Shimmed(directory)

@@ -189,6 +189,7 @@ def test_the_keys_are_for_swtpms_group_and_gone_once_it_has_started(host: Custod
     handed = handed_over(host)
     assert handed is not None
     assert host.layout.migration_key(UUID).read_text() == migration_key(handed).hex()
+    assert (host.layout.guest_run(UUID) / "keyed").exists()
     assert stat.S_IMODE(host.layout.guest_run(UUID).stat().st_mode) == 0o750
     assert host.hook("release", domain()) == 0
     assert not host.layout.guest_run(UUID).exists()
