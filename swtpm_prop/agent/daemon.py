@@ -59,7 +59,7 @@ class Agent:
         self._counts = Counts()
         self._journal = Journal(layout)
         self._happenings: queue.SimpleQueue[Happening] = queue.SimpleQueue()
-        self._guests = Guests(uri, self._happenings.put)
+        self._guests = Guests(uri, self._happenings.put, layout)
         self._settler = Settler(layout, self._journal, Eyes(self._presence, self._halt), self._speaker.report)
         self._transfers = Transfers(self._settler, self._counts)
         self._stamp = to_xml(Stamp(self._config.reached_at(self.host), self.host))

@@ -13,10 +13,12 @@ from typing import NamedTuple
 
 import libvirt
 
+from swtpm_prop.domain.job import parse_job
 from swtpm_prop.domain.metadata import parse_domain
 from swtpm_prop.domain.stamp import NAMESPACE, PREFIX
-from swtpm_prop.errors import HostError, TransferError
-from swtpm_prop.limits import LIBVIRT_PROBE_SECONDS, LIBVIRT_PROBES, LIBVIRT_RETRY_SECONDS
+from swtpm_prop.errors import DomainError, HostError, TransferError
+from swtpm_prop.layout import Layout
+from swtpm_prop.limits import DOMAIN_XML_BYTES, LIBVIRT_PROBE_SECONDS, LIBVIRT_PROBES, LIBVIRT_RETRY_SECONDS
 from swtpm_prop.transfer.machine import Event, Presence
 
 LOCAL = "qemu:///system"
@@ -71,11 +73,13 @@ class Guests:
         uri: libvirt's.
         tell: is given each change, in the order they happen, in the thread of events: it must neither block nor call
             libvirt. After each (re)connection it is told of every guest that runs.
+        layout: of the host, where libvirt notes what it does.
     """
 
-    def __init__(self, uri: str, tell: Callable[[Happening], None]) -> None:
+    def __init__(self, uri: str, tell: Callable[[Happening], None], layout: Layout) -> None:
         self._uri = uri
         self._tell = tell
+        self._layout = layout
         self._lock = threading.Lock()
         self._presence: dict[str, Presence] = {}
         self._arriving: set[str] = set()  # seen to be started for a migration, and not to run since
@@ -119,12 +123,12 @@ class Guests:
             return True
 
     def check_leaves(self, uuid: str) -> None:
-        """See that libvirt is migrating the guest away, and that its live metadata let it go.
+        """See that libvirt is migrating the guest away, TPM and all, and that its live metadata let it go.
 
         A host that may have the guest must not get its key, nor a say in where it is, before it is sent there.
 
         Raises:
-            TransferError: ``migration.not-allowed``, ``transfer.not-migrating``, ``transfer.unseen``.
+            TransferError: ``migration.not-allowed``, ``transfer.not-migrating``, ``transfer.unseen``; as `check_moves`.
             DomainError: as `parse_domain`.
         """
         connection = self._connection
@@ -136,6 +140,8 @@ class Guests:
                 raise TransferError(
                     "transfer.not-migrating", "libvirt is not migrating the guest away", "virsh migrate it --live"
                 )
+            if connection.getType() == "QEMU":
+                check_moves(self._layout, uuid, domain.name())
             # Of a guest that runs this is the live definition. The element alone comes without its namespace.
             asked = parse_domain(domain.XMLDesc().encode())
         except libvirt.libvirtError as error:
@@ -285,6 +291,43 @@ def _busy(domain: libvirt.virDomain) -> bool:
 def job_leaves(job: Mapping[str, object]) -> bool:
     """Whether a job, as virDomainGetJobStats tells of it, takes its guest to another host."""
     return bool(job.get(libvirt.VIR_DOMAIN_JOB_OPERATION) == libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT)
+
+
+def check_moves(layout: Layout, uuid: str, name: str) -> None:
+    """See that a guest that is being migrated itself moves, not its definition alone.
+
+    Only what libvirt notes for itself tells an offline migration of a guest that runs from another. It does so before
+    it asks the destination (src/qemu/qemu_migration.c, qemuMigrationSrcBeginPhase). What it cannot tell, no guest
+    leaves by: the guest runs on, whereas a TPM's state that was left behind may be gone for good.
+
+    Raises:
+        TransferError: ``transfer.offline``, ``transfer.unnoted``.
+    """
+    if "/" in name:
+        raise _unnoted("its name has a slash")
+    try:
+        with layout.guest_status(name).open("rb") as status:
+            job = parse_job(status.read(DOMAIN_XML_BYTES + 1))
+    except OSError as error:
+        raise _unnoted(f"{layout.guest_status(name)}: {error.strerror}") from error
+    except DomainError as error:
+        raise _unnoted(error.what) from error
+    if (job.uuid, job.kind) != (uuid, "migration out") or not job.flags:
+        raise _unnoted(f"{layout.guest_status(name)} does not speak of it")
+    if job.flags & libvirt.VIR_MIGRATE_OFFLINE:
+        raise TransferError(
+            "transfer.offline",
+            "an offline migration takes the definition of a guest that runs, but neither the guest nor its TPM",
+            "virsh migrate --live, without --offline",
+        )
+
+
+def _unnoted(why: str) -> TransferError:
+    return TransferError(
+        "transfer.unnoted",
+        f"this host cannot see how libvirt migrates the guest, {why}",
+        "see that /run is not full, and that the agent can read libvirt's files in it",
+    )
 
 
 def _job(domain: libvirt.virDomain) -> Mapping[str, object]:

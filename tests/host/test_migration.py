@@ -197,10 +197,10 @@ def test_no_key_goes_where_no_guest_is_sent(traveller: Traveller, other: Host):
     assert traveller.machine.state() == "running"
 
 
-def refused(traveller: Traveller, to: Host, id: str) -> None:
+def refused(traveller: Traveller, to: Host, id: str, *words: str) -> None:
     source = traveller.machine.host
     with pytest.raises(LabError) as caught:
-        traveller.migrate(to, "--p2p", *LEAVE)
+        traveller.migrate(to, *(words or ("--p2p", *LEAVE)))
     caught.match(ONE_LINE.format(id))
     assert str(caught.value).count("swtpm-prop: ") == 1
     assert str(caught.value).rstrip("\n").count("\n") == 1  # the laboratory's own line is the other one
@@ -227,6 +227,24 @@ def test_offline_migration(fleet: Fleet):
         machine.start()
     finally:
         machine.remove()
+
+
+OFFLINE = {
+    "peer to peer": ("--p2p",),
+    "native": (),
+    "peer to peer, definition leaves": ("--p2p", "--undefinesource"),
+    "native, definition leaves": ("--undefinesource",),
+}
+
+
+@pytest.mark.parametrize("words", OFFLINE.values(), ids=OFFLINE)
+def test_offline_migration_of_a_guest_that_runs(traveller: Traveller, other: Host, words: tuple[str, ...]):
+    refused(traveller, other, "transfer.offline", "--offline", "--persistent", "--unsafe", *words)
+    home = traveller.machine.host
+    assert traveller.fleet.transfers(home) == traveller.fleet.transfers(other) == []
+    # nothing is in the way of one that takes the guest along
+    traveller.migrate(other, *(word for word in words if word == "--p2p"), *LEAVE)
+    traveller.check_is_at(other, home)
 
 
 def test_a_guest_whose_metadata_does_not_allow_it(fleet: Fleet):

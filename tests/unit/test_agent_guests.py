@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterator
+from pathlib import Path
 
 import libvirt
 import pytest
 from waiting import eventually
 
-from swtpm_prop.agent.guests import Guests, Happening, job_leaves, presence_after, presence_of
+from swtpm_prop.agent.guests import Guests, Happening, check_moves, job_leaves, presence_after, presence_of
 from swtpm_prop.domain.identity import identify
 from swtpm_prop.domain.stamp import Stamp, read, to_xml
 from swtpm_prop.errors import TransferError
+from swtpm_prop.layout import Layout
 from swtpm_prop.transfer.machine import Event, Presence
 
 URI = "test:///default"
 OTHER = "0b7a4d6e-8f5c-4a2b-9c3d-1e2f3a4b5c6d"
 STAMP = Stamp("alpha.example:4879", "alpha")
+NAME = "a 'guest' <\u00e9>"
+STATUS = """<domstatus state='running' reason='booted' pid='4711'>
+  <monitor path='/var/lib/libvirt/qemu/domain-1-guest/monitor.sock' type='unix'/>
+  {job}
+  <domain type='kvm' id='1'>
+    <name>guest</name>
+    <uuid>{uuid}</uuid>
+    <metadata><job async='migration out' phase='begin3' flags='0x21b'/></metadata>
+  </domain>
+</domstatus>
+"""
+"""As libvirt 9.0 writes it; what stands in the guest's own metadata means nothing."""
 
 
 @pytest.fixture
@@ -27,7 +41,7 @@ def told() -> queue.Queue[Happening]:
 
 @pytest.fixture
 def guests(told: queue.Queue[Happening]) -> Iterator[Guests]:
-    guests = Guests(URI, told.put)
+    guests = Guests(URI, told.put, Layout())
     guests.start()
     assert eventually(lambda: guests.connected)
     yield guests
@@ -59,7 +73,7 @@ def test_follows_a_guest(domain: libvirt.virDomain, guests: Guests, told: queue.
 
 
 def test_nobody_knows_before_libvirt_is_there(told: queue.Queue[Happening]) -> None:
-    guests = Guests("test:///none/such", told.put)
+    guests = Guests("test:///none/such", told.put, Layout())
     assert guests.presence(OTHER) is Presence.UNSEEN
     assert guests.busy(OTHER)
 
@@ -82,6 +96,70 @@ def test_no_job_but_a_migration_takes_a_guest_away() -> None:
     assert leaving == ["VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT"]
     # what libvirt says of a guest without a job
     assert not job_leaves({"type": libvirt.VIR_DOMAIN_JOB_NONE})
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    made = Layout(tmp_path)
+    made.guest_status(NAME).parent.mkdir(parents=True)
+    return made
+
+
+def note(layout: Layout, job: str, uuid: str = OTHER) -> None:
+    layout.guest_status(NAME).write_text(STATUS.format(job=job, uuid=uuid), "utf-8")
+
+
+# as seen under libvirt 9.0: with --p2p, without it, each with --live and not; then tunnelled, and an older client's
+@pytest.mark.parametrize("flags", ["0x21b", "0x21a", "0x319", "0x318", "0x21f", "0x1"])
+def test_a_guest_that_moves_itself_may_leave(layout: Layout, flags: str) -> None:
+    note(layout, f"<job type='none' async='migration out' phase='begin3' flags='{flags}' asyncStarted='1'/>")
+    check_moves(layout, OTHER, NAME)
+
+
+# with --p2p, without it, each with --undefinesource and not
+@pytest.mark.parametrize("flags", ["0x60a", "0x61a", "0x708", "0x718"])
+def test_no_key_leaves_by_an_offline_migration(layout: Layout, flags: str) -> None:
+    note(layout, f"<job type='none' async='migration out' phase='begin3' flags='{flags}' asyncStarted='1'/>")
+    with pytest.raises(TransferError) as refused:
+        check_moves(layout, OTHER, NAME)
+    assert refused.value.id == "transfer.offline"
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        "",
+        "<job type='none' async='migration out'/>",
+        # before its flags are known
+        "<job type='none' async='migration out' flags='0x0' asyncStarted='1'/>",
+        "<job type='none' async='migration out' phase='begin3' flags='many'/>",
+        "<job type='none' async='save' flags='0x1' asyncStarted='1'/>",
+        "<job type='destroy' async='none'/>",
+        "<job",
+    ],
+)
+def test_no_key_leaves_where_libvirt_does_not_say_how(layout: Layout, job: str) -> None:
+    note(layout, job)
+    assert refused_unnoted(layout, NAME)
+
+
+def test_no_key_leaves_by_another_guests_status(layout: Layout, tmp_path: Path) -> None:
+    job = "<job type='none' async='migration out' phase='begin3' flags='0x21b' asyncStarted='1'/>"
+    assert refused_unnoted(layout, NAME)
+    layout.guest_status(NAME).write_text(STATUS.format(job=job, uuid=OTHER).replace("domstatus", "domain"))
+    assert refused_unnoted(layout, NAME)
+    note(layout, job, uuid="1" + OTHER[1:])
+    assert refused_unnoted(layout, NAME)
+    note(layout, job)
+    (tmp_path / "run/libvirt/below").mkdir()
+    layout.guest_status(NAME).rename(layout.guest_status("../below/guest"))
+    assert refused_unnoted(layout, "../below/guest")
+
+
+def refused_unnoted(layout: Layout, name: str) -> bool:
+    with pytest.raises(TransferError) as refused:
+        check_moves(layout, OTHER, name)
+    return refused.value.id == "transfer.unnoted"
 
 
 def test_halts_a_guest(domain: libvirt.virDomain, guests: Guests, told: queue.Queue[Happening]) -> None:
@@ -180,7 +258,7 @@ class Named:
 )
 def test_events_become_what_transfers_learn(events: list[str | None], told_of: list[Event]) -> None:
     told: list[Happening] = []
-    guests = Guests(URI, told.append)
+    guests = Guests(URI, told.append, Layout())
     for event in events:
         if event is None:
             guests._forget()
