@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -103,13 +103,13 @@ class Journal:
     def of(self, uuid: str) -> list[Transfer]:
         """The guest's transfers, the newest first."""
         files = [found for found in _listed(self._guest(uuid)) if found.suffix == ".json"]
-        return sorted(map(_read, files), key=lambda transfer: transfer.order, reverse=True)
+        return sorted(_existing(files), key=lambda transfer: transfer.order, reverse=True)
 
     def find(self, id: str) -> Transfer | None:
         """The transfer with this id."""
         if not is_id(id):
             return None
-        return next((_read(found) for found in self._directory.glob(f"*/{id}.json")), None)
+        return next(_existing(self._directory.glob(f"*/{id}.json")), None)
 
     def begin(self, transfer: Transfer) -> Transfer:
         """Write down a new transfer.
@@ -179,7 +179,13 @@ def _listed(directory: Path) -> list[Path]:
         raise _damaged(directory, str(error)) from error
 
 
-def _read(path: Path) -> Transfer:
+def _existing(files: Iterable[Path]) -> Iterator[Transfer]:
+    """Who looks without the lock may find a name whose file somebody has removed meanwhile."""
+    return (transfer for transfer in map(_read, files) if transfer is not None)
+
+
+def _read(path: Path) -> Transfer | None:
+    """The transfer in a file; None: it is gone."""
     try:
         value: Any = json.loads(read_file(path, JOURNAL_BYTES))
         if value.pop("version") != VERSION or value.keys() != _KINDS.keys():
@@ -190,8 +196,12 @@ def _read(path: Path) -> Transfer:
         transfer = Transfer(**value)._replace(side=Side(value["side"]), state=State(value["state"]))
         if (transfer.uuid, transfer.id) != (path.parent.name, path.stem) or transfer.state not in TABLE[transfer.side]:
             raise ValueError("it is another one's")
-    except (TrustError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise _damaged(path, error.what if isinstance(error, TrustError) else str(error)) from error
+    except TrustError as error:
+        if error.id == "trust.file-missing":
+            return None
+        raise _damaged(path, error.what) from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
     return transfer
 
 

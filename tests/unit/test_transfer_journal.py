@@ -46,6 +46,14 @@ def test_what_is_begun_is_there(journal: Journal, tmp_path: Path) -> None:
     assert again.find("../../etc/passwd") is None
 
 
+def test_who_looks_does_not_stumble_over_what_is_being_removed(journal: Journal, tmp_path: Path) -> None:
+    """A listed name without a file is what is left for a moment; a link to nothing shows the same, and stays."""
+    kept = journal.begin(transfer(1))
+    (Layout(tmp_path).transfers / UUID / f"{2:032x}.json").symlink_to(tmp_path / "gone")
+    assert journal.of(UUID) == [kept]
+    assert journal.find(f"{2:032x}") is None
+
+
 def test_only_root_reads_it(journal: Journal, tmp_path: Path) -> None:
     journal.begin(transfer(1))
     directory = Layout(tmp_path).transfers / UUID
