@@ -91,7 +91,7 @@ def _install(layout: Layout, data: bytes) -> Installed:
         )
     found = approvals.install(layout, data, public)
     return Installed(
-        f"edition {found.sequence} of authority {keyid[:16]}: epoch {found.epoch}, {len(found.approvals)} states",
+        f"edition {found.sequence} of authority {keyid[:16]}: epoch {found.epoch}, states: {len(found.approvals)}",
         found.epoch,
     )
 

@@ -100,10 +100,9 @@ def _finding(
     except HostError as error:
         return Finding(uri, "", error, {}, None)
     if isinstance(found, Difference):
-        differing = ", ".join(map(str, sorted(found.pcrs)))
         refused = HostError(
             "host.state-not-approved",
-            f"PCR {differing} differ from the approved state '{found.label}'",
+            f"the state is not approved: {found.says}",
             "have this state approved, or go back to an approved one",
         )
         return Finding(uri, found.label, refused, found.pcrs, _new(layout, log, found.pcrs))

@@ -201,7 +201,7 @@ def _print(standing: Standing, layout: Layout) -> None:
         ("name", _called(standing)),
         ("demands of its host", record.property),
         ("by the word of key", keyid(record.authority_key())[:16]),
-        ("moved between hosts", f"{record.epoch} times"),
+        ("moves between hosts", str(record.epoch)),
         ("TPM state here", form(layout.guest_tpm(record.uuid)).value),
         ("recovery keys", recovery),
         ("opens here now", _opens(standing)),

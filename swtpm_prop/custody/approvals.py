@@ -70,13 +70,20 @@ class Difference(NamedTuple):
     label: str
     pcrs: Mapping[int, tuple[bytes, bytes]]
 
+    @property
+    def says(self) -> str:
+        """Which PCRs differ from what."""
+        numbers = ", ".join(map(str, sorted(self.pcrs)))
+        subject = f"PCRs {numbers} differ" if len(self.pcrs) > 1 else f"PCR {numbers} differs"
+        return f"{subject} from '{self.label}'"
+
 
 # -- the authority's side -----------------------------------------------------------------------
 
 
 def begin(key: SigningKey) -> ApprovalList:
-    """The list of an authority that has approved nothing yet."""
-    return ApprovalList(keys.keyid(_public(key)), 1, 1, ())
+    """The list of an authority that has approved nothing yet; its first edition is the next."""
+    return ApprovalList(keys.keyid(_public(key)), 1, 0, ())
 
 
 def approve(
@@ -225,10 +232,9 @@ def authorize(
     """
     found = find(approvals, property, pcrs)
     if isinstance(found, Difference):
-        differing = ", ".join(map(str, sorted(found.pcrs)))
         raise HostError(
             "host.state-not-approved",
-            f"the host's state is not approved for '{property}': PCR {differing} differ from '{found.label}'",
+            f"the host's state is not approved for '{property}': {found.says}",
             "'swtpm-prop host check' shows more; have this state approved, or go back to an approved one",
         )
     return Authorization(public, property, found)

@@ -105,7 +105,8 @@ def _judge(patient: Patient, property: str, guests: list[str]) -> Finding:
     from swtpm_prop.trust import issuers
 
     layout = patient.layout
-    who = f"the keys of {len(guests)} guests ({guests[0]}{', ...' if guests[1:] else ''})"
+    others = f" and {len(guests) - 1} more" if guests[1:] else ""
+    who = f"the keys of guest {guests[0]}{others}"
     try:
         public, listed = approvals.load(layout, issuers.load(layout.trust), property)
         with Hardware(host_config.load(layout.host).tpm.tcti, layout.tpm_lock) as hardware:

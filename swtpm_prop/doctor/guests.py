@@ -25,4 +25,4 @@ def guests(patient: Patient) -> Iterator[Finding]:
         mend = f"nothing, if it is just being started; else remove {patient.layout.guest_run(uuid)}"
         yield warning("guests.left-over", f"guest {uuid} does not run, but was not cleaned up after", mend)
     if not bare:
-        yield ok("guests.layer", f"{len(marked)} guests opted in, {len(running & set(marked))} of them running")
+        yield ok("guests.layer", f"guests that opted in: {len(marked)}, of these running: {len(running & set(marked))}")

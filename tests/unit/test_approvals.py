@@ -46,9 +46,14 @@ def refused(id: str, do: Callable[[], object]) -> None:
 
 
 def test_what_is_signed_is_what_is_read() -> None:
-    for made in (approvals.begin(AUTHORITY), one(), two()):
+    for made in (one(), approvals.revoke(one(), AUTHORITY, "first"), two()):
         data = approvals.sign(made, AUTHORITY)
         assert approvals.verify(data, PUBLIC) == approvals.read(data) == made
+
+
+def test_editions_count_from_one() -> None:
+    assert [listed.sequence for listed in (one(), two())] == [1, 2]
+    refused("approvals.count", lambda: approvals.verify(approvals.sign(approvals.begin(AUTHORITY), AUTHORITY), PUBLIC))
 
 
 def test_an_approval_is_signed_for_the_tpm() -> None:
@@ -179,9 +184,11 @@ def test_a_state_is_found_or_the_nearest_is() -> None:
 def test_who_is_authorized() -> None:
     authorization = approvals.authorize(two(), PUBLIC, APPROVED, state())
     assert (authorization.authority, authorization.approval.label) == (PUBLIC, "first")
-    with pytest.raises(HostError, match="PCR 4, 7 differ from 'first'") as error:
+    with pytest.raises(HostError, match="PCRs 4, 7 differ from 'first'") as error:
         approvals.authorize(two(), PUBLIC, APPROVED, state(4, 7))
     assert error.value.id == "host.state-not-approved"
+    with pytest.raises(HostError, match="PCR 4 differs from 'first'"):
+        approvals.authorize(two(), PUBLIC, APPROVED, state(4))
 
 
 def trust(*entries: tuple[str, tuple[Any, ...], bool]) -> issuers.Trust:
