@@ -34,7 +34,7 @@ from tpm2_pytss.types import (
     TPMT_SYM_DEF_OBJECT,
 )
 
-from swtpm_prop.custody import host_keys, locks, policy, refusals
+from swtpm_prop.custody import locks, policy, refusals
 from swtpm_prop.custody.objects import Attestation, ImportBlob, Sealed
 from swtpm_prop.custody.policy import Authorization
 from swtpm_prop.custody.refusals import naming
@@ -44,10 +44,10 @@ from swtpm_prop.tpm.algorithms import SHA256
 from swtpm_prop.tpm.commands import CC_GET_CAPABILITY, NO_SESSIONS
 from swtpm_prop.tpm.pcr import READ_PCRS, build_selection
 
-PARENT_HANDLE = host_keys.PARENT.handle
-"""Below this storage key lie all secrets of this software."""
+PARENT_HANDLE = 0x81005350
+"""Below this storage key lie all secrets of this software; persistent, in the owner's range."""
 
-AK_HANDLE = host_keys.AK.handle
+AK_HANDLE = 0x81005351
 """The attestation key."""
 
 EK_HANDLE = 0x81010001
@@ -120,6 +120,9 @@ class Hardware:
             HostError: ``tpm.handle-taken``; as `host_keys.settle`.
             TrustError: as `host_keys.settle`.
         """
+        # Imported here, for no start of a guest reads key files.
+        from swtpm_prop.custody import host_keys
+
         if self._keys is None:
             raise ValueError("no directory for key files")
         host_keys.settle(self._tpm, self._keys)
@@ -394,6 +397,8 @@ class Hardware:
         return refusals.of_object(self._parent_changed)
 
     def _parent_changed(self) -> bool | None:
+        from swtpm_prop.custody import host_keys
+
         return None if self._keys is None else host_keys.parent_changed(self._tpm, self._keys)
 
     def _counts(self) -> bool:

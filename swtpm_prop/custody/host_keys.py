@@ -10,6 +10,7 @@ from tpm2_pytss.constants import ESYS_TR
 from tpm2_pytss.types import TPM2B_PRIVATE, TPM2B_PUBLIC
 
 from swtpm_prop.custody import durable, refusals, tss2
+from swtpm_prop.custody.hardware import AK_HANDLE, PARENT_HANDLE
 from swtpm_prop.custody.objects import Sealed
 from swtpm_prop.custody.tss2 import OWNER, KeyFile
 from swtpm_prop.errors import HostError, TrustError, WireError
@@ -45,8 +46,8 @@ class HostKey(NamedTuple):
         return public[2:].startswith(self.template[2:-4])
 
 
-PARENT = HostKey("storage parent", "parent.pem", 0x81005350, _STORAGE)
-AK = HostKey("attestation key", "ak.pem", 0x81005351, _ATTESTATION)
+PARENT = HostKey("storage parent", "parent.pem", PARENT_HANDLE, _STORAGE)
+AK = HostKey("attestation key", "ak.pem", AK_HANDLE, _ATTESTATION)
 
 
 def settle(tpm: ESAPI, directory: Path) -> None:
