@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from swtpm_prop.cli import output, store_publish, store_sync
+from swtpm_prop.cli.store_news import is_news
 from swtpm_prop.errors import Error, TrustError, UsageError, WireError
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import CERTIFICATE_BYTES
@@ -56,7 +57,8 @@ def build_(paths: tuple[Path, ...], trust_file: Path, to: Path, expires: str | N
     """Verify the certificates and replace the index: all of them, or nothing changes.
 
     Of a directory its *.json are taken. A certificate outside its validity window is no error: the index knows the
-    window and guests are refused with that reason.
+    window and guests are refused with that reason. Approval lists and lists of revoked hosts are no certificates:
+    'host update' takes them; only 'store sync' takes both.
     """
     files = _files(paths)
     end = parse_time(expires) if expires else None
@@ -145,7 +147,8 @@ def _verified(files: Iterator[Path], trust: Trust, notes: list[tuple[Path, Trust
             checked = certificate.verify(read_file(file, CERTIFICATE_BYTES), trust, None)
         except TrustError as error:
             refused += 1
-            click.secho(TrustError(error.id, f"{file}: {error.what}", error.mend).line(), fg="red", err=True)
+            mend = "take it by 'swtpm-prop host update', and leave it out here" if is_news(file) else error.mend
+            click.secho(TrustError(error.id, f"{file}: {error.what}", mend).line(), fg="red", err=True)
             continue
         try:
             certificate.check_window(checked, int(time.time()))

@@ -19,7 +19,7 @@ _CRL = b"-----BEGIN X509 CRL-----"
 
 def divide(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """Certificates, and what is none: approval lists and lists of revoked hosts."""
-    news = [file for file in files if _is_news(file)]
+    news = [file for file in files if is_news(file)]
     return [file for file in files if file not in news], news
 
 
@@ -69,7 +69,7 @@ def install(layout: Layout, files: Sequence[Path]) -> tuple[list[str], list[Refu
     return [each.what for each in installed], refused
 
 
-def _is_news(file: Path) -> bool:
+def is_news(file: Path) -> bool:
     """By its beginning, or by what its payload says it is; what is unreadable is left to who reads certificates."""
     try:
         data = read_file(file, NEWS_BYTES)

@@ -220,3 +220,20 @@ def test_two_that_install_at_once_do_not_bring_an_older_edition_back(net: Net) -
     with exclusive(net.host.layout.state, "what the fleet says"), pytest.raises(Error) as refused:
         install(net.host.layout, CA.crl)
     assert refused.value.id == "store.busy"
+
+
+def test_a_build_names_who_takes_lists(tmp_path: Path, approved: ApprovalList) -> None:
+    (tmp_path / "certificates").mkdir()
+    (tmp_path / "certificates/list.json").write_bytes(signed(approved))
+    (tmp_path / "trust.toml").write_text(trust_text(ED25519, P256) + APPROVES)
+    built = run(
+        "build",
+        str(tmp_path / "certificates"),
+        "--trust",
+        str(tmp_path / "trust.toml"),
+        "--output",
+        str(tmp_path / "i"),
+    )
+    assert built.exit_code == 1
+    assert "[trust.predicate-type]: take it by 'swtpm-prop host update'" in built.stderr
+    assert not (tmp_path / "i").exists()
