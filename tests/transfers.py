@@ -63,13 +63,17 @@ class SimulatedHost:
         self.seen = Presence.GONE
         self.halted = 0
         self.agent = self.settler(Eyes(lambda uuid: self.seen, self._halt))
-        self.hook = self.settler(HOOK)
+        self.hook = self.settler(HOOK)  # prepare's and release's
+        self.asker = self.settler(Eyes(self._present, lambda uuid: None))  # the hook that lets guests in
         network.hosts[name] = self
 
     def settler(self, eyes: Eyes) -> Settler:
         return Settler(
             self.layout, self.journal, eyes, lambda transfer, word: self.network.report(self.name, transfer, word)
         )
+
+    def _present(self, uuid: str) -> Presence:
+        return Presence.GONE if self.seen is Presence.GONE else Presence.PRESENT
 
     def _halt(self, uuid: str) -> None:
         self.halted += 1
@@ -143,7 +147,7 @@ def arrival(host: str, epoch: int) -> Arrival:
 
 def hand_over(source: SimulatedHost, destination: SimulatedHost, id: str) -> Transfer:
     """The key changes hosts as in the conversation, without evidence."""
-    destination.hook.ask(Transfer(id, Side.DESTINATION, State.ASKED, UUID, 0, source.name, "source:1"))
+    destination.asker.ask(Transfer(id, Side.DESTINATION, State.ASKED, UUID, 0, source.name, "source:1"))
     try:
         if {source.name, destination.name} & source.network.down:
             raise TransferError("transfer.unreachable", "down")
@@ -154,9 +158,9 @@ def hand_over(source: SimulatedHost, destination: SimulatedHost, id: str) -> Tra
         offered = Transfer(id, Side.SOURCE, State.OFFERED, UUID, record.epoch, destination.name, "destination:1")
         source.agent.offer(offered, lambda: BLOB)
     except BaseException:
-        destination.hook.give_up(id, offered=False)
+        destination.asker.give_up(id, offered=False)
         raise
-    return destination.hook.imported(id, arrival(destination.name, record.epoch + 1))
+    return destination.asker.imported(id, arrival(destination.name, record.epoch + 1))
 
 
 def switch_over(source: SimulatedHost, destination: SimulatedHost) -> None:

@@ -1,4 +1,4 @@
-"""The swtpm processes that run here: whose TPMs they are, and which have a layer that writes the guest's log."""
+"""The processes that run here for guests: whose TPMs the swtpms are, which have a layer, whether a QEMU is there."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ _UUID = re.compile(r"(?<=/)[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?=/)")
 def swtpm_guests() -> Iterator[str]:
     """UUIDs in the arguments of the swtpm processes here: libvirt keeps a guest's TPM in a directory of that name."""
     for process in _swtpms():
-        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-            yield from _UUID.findall((process / "cmdline").read_bytes().decode("utf-8", "replace"))
+        yield from _UUID.findall(_arguments(process).decode("utf-8", "replace"))
 
 
 def has_layer(log: Path) -> bool:
@@ -33,8 +32,23 @@ def has_layer(log: Path) -> bool:
     return False
 
 
+def has_qemu(uuid: str) -> bool:
+    """Whether a QEMU of the guest is here, in whatever state; libvirt names the UUID in its arguments."""
+    return any(f"\0-uuid\0{uuid}\0".encode() in _arguments(process) for process in _all())
+
+
+def _arguments(process: Path) -> bytes:
+    with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+        return (process / "cmdline").read_bytes()
+    return b""
+
+
+def _all() -> Iterator[Path]:
+    return (entry for entry in Path("/proc").iterdir() if entry.name.isdecimal())
+
+
 def _swtpms() -> Iterator[Path]:
-    for process in (entry for entry in Path("/proc").iterdir() if entry.name.isdecimal()):
+    for process in _all():
         with suppress(FileNotFoundError, ProcessLookupError):
             if (process / "comm").read_text().startswith("swtpm"):
                 yield process

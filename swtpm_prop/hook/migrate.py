@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from swtpm_prop import host_config
 from swtpm_prop.attest import certificates
-from swtpm_prop.domain import arrival, stamp
+from swtpm_prop.domain import arrival, processes, stamp
 from swtpm_prop.domain.identity import Identity, identify
 from swtpm_prop.errors import DomainError, Error, TransferError
 from swtpm_prop.host_config import AgentConfig
@@ -15,13 +15,21 @@ from swtpm_prop.layout import Layout
 from swtpm_prop.limits import AGENT_TALK_SECONDS, FETCH_SECONDS, REACH_SECONDS
 from swtpm_prop.transfer import host, talk
 from swtpm_prop.transfer.journal import Journal, Transfer
-from swtpm_prop.transfer.settle import HOOK, Settler
+from swtpm_prop.transfer.machine import Presence
+from swtpm_prop.transfer.settle import Eyes, Settler
 from swtpm_prop.transfer.speaker import Speaker
 
 ELSEWHERE = frozenset(
     {"transfer.unreachable", "transfer.no-key", "transfer.not-running", "transfer.elsewhere", "transfer.self"}
 )
 """Refusals by which a host says no more than that the guest is not there: the next may be asked."""
+
+EYES = Eyes(
+    lambda uuid: Presence.PRESENT if processes.has_qemu(uuid) else Presence.GONE,
+    lambda uuid: None,
+)
+"""libvirt calls this hook before it looks whether the guest is here already (src/qemu/qemu_migration.c,
+qemuMigrationDstPrepareAny), as one that was not taken down after an earlier migration is."""
 
 
 def let_in(xml: bytes, property: str, allowed: bool, layout: Layout) -> bytes:
@@ -46,7 +54,7 @@ def let_in(xml: bytes, property: str, allowed: bool, layout: Layout) -> bytes:
     identity, config = identify(xml), host_config.load(layout.host).agent
     speaker = Speaker(layout)
     here = config.reached_at(certificates.read(speaker.identity().files.tls_certificate).host)
-    settler = Settler(layout, Journal(layout), HOOK, speaker.report)
+    settler = Settler(layout, Journal(layout), EYES, speaker.report)
     taken = host.destination(layout)
 
     def fetch(there: str, seconds: float, reaching: float) -> Transfer:

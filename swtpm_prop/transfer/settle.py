@@ -36,10 +36,7 @@ class Eyes(NamedTuple):
 
 
 HOOK = Eyes(lambda uuid: Presence.GONE, lambda uuid: None)
-"""Of libvirt's hooks prepare, migrate and release: then no process of the guest is on this host."""
-
-BLIND = Eyes(lambda uuid: Presence.UNSEEN, lambda uuid: None)
-"""Of who cannot look."""
+"""Of libvirt's hooks prepare and release: then no process of the guest is on this host."""
 
 
 class Settler:
@@ -145,7 +142,8 @@ class Settler:
         Raises:
             TransferError: ``transfer.open``; the journal cannot be used.
         """
-        self.observe(asked.uuid, Event.ABANDON, Event.GONE)
+        if any(known.unfinished for known in self.journal.of(asked.uuid)):
+            self.observe(asked.uuid, Event.ABANDON, *machine.seen(self._eyes.presence(asked.uuid)))
         counting = self.journal.counting(asked.uuid)
         if counting is not None and counting.unfinished:
             self.settle(asked.uuid)

@@ -82,7 +82,7 @@ class Hosts(RuleBasedStateMachine):
     def _hand_over(self, source: SimulatedHost, destination: SimulatedHost, id: str, lost: bool) -> bool:
         """Whether libvirt goes on with it."""
         try:
-            destination.hook.ask(Transfer(id, Side.DESTINATION, State.ASKED, UUID, 0, source.name, "s:1"))
+            destination.asker.ask(Transfer(id, Side.DESTINATION, State.ASKED, UUID, 0, source.name, "s:1"))
         except TransferError:
             return False
         offered = False
@@ -98,9 +98,9 @@ class Hosts(RuleBasedStateMachine):
             offered = True
             if lost:
                 raise TransferError("transfer.connection", "lost")
-            destination.hook.imported(id, arrival(destination.name, record.epoch + 1))
+            destination.asker.imported(id, arrival(destination.name, record.epoch + 1))
         except TransferError:
-            destination.hook.give_up(id, offered)
+            destination.asker.give_up(id, offered)
             return False
         return True
 
