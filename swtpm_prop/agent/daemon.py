@@ -120,7 +120,12 @@ class Agent:
                 continue
             self._transfers.note(happening)
             if happening.event is Event.RUNS:
+                self._warn(happening.uuid)
                 self._stamper.offer(happening.uuid)
+
+    def _warn(self, uuid: str) -> None:
+        if self._layout.guest_key(uuid).exists() and self._guests.transient(uuid):
+            _log.error("%s", _transient(uuid).line())
 
     def _presence(self, uuid: str) -> Presence:
         presence = self._guests.presence(uuid)
@@ -173,8 +178,10 @@ class Agent:
         yield Family("swtpm_prop_agent_info", "The agent.", "gauge", [(about, 1)])
         connected = float(self._guests.connected)
         yield Family("swtpm_prop_libvirt_connected", "Whether libvirt tells of guests.", "gauge", [((), connected)])
-        in_custody = sum(self._layout.guest_key(uuid).exists() for uuid in self._guests.running())
-        yield Family("swtpm_prop_guests_running", "Guests with custody that run here.", "gauge", [((), in_custody)])
+        here = [uuid for uuid in self._guests.running() if self._layout.guest_key(uuid).exists()]
+        yield Family("swtpm_prop_guests_running", "Guests with custody that run here.", "gauge", [((), len(here))])
+        transient = sum(map(self._guests.transient, here))
+        yield Family("swtpm_prop_guests_transient", "Those without a definition here.", "gauge", [((), transient)])
         yield Family("swtpm_prop_talks", "Peers being talked with.", "gauge", [((), server.talks)])
         for name, help in _COUNTED.items():
             yield Family(f"swtpm_prop_{name}_total", help, "counter", self._counts.samples(name))
@@ -192,6 +199,14 @@ _COUNTED = {
     "failures": "What went wrong while transfers were settled, by id.",
     "halts": "Guests paused because they run on another host.",
 }
+
+
+def _transient(uuid: str) -> HostError:
+    return HostError(
+        "custody.transient",
+        f"guest {uuid} has no definition here: when it stops, libvirt deletes its TPM state (unless persistent_state)",
+        f"before that, virsh dumpxml --inactive --security-info {uuid} >guest.xml; virsh define guest.xml",
+    )
 
 
 def _listen(endpoint: str) -> socket.socket:

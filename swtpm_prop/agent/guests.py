@@ -72,7 +72,8 @@ class Guests:
     Args:
         uri: libvirt's.
         tell: is given each change, in the order they happen, in the thread of events: it must neither block nor call
-            libvirt. After each (re)connection it is told of every guest that runs.
+            libvirt. After each (re)connection it is told of every guest that runs, and of one that has become transient
+            once more.
         layout: of the host, where libvirt notes what it does.
     """
 
@@ -82,6 +83,7 @@ class Guests:
         self._layout = layout
         self._lock = threading.Lock()
         self._presence: dict[str, Presence] = {}
+        self._defined: dict[str, bool] = {}  # whether libvirt keeps a definition
         self._arriving: set[str] = set()  # seen to be started for a migration, and not to run since
         self._connection: libvirt.virConnect | None = None
         self._lost = threading.Event()
@@ -158,6 +160,14 @@ class Guests:
         with self._lock:
             return sorted(uuid for uuid, presence in self._presence.items() if presence is Presence.RUNS)
 
+    def transient(self, uuid: str) -> bool:
+        """Whether the guest runs here without a definition: libvirt deletes its TPM state when it stops.
+
+        Unless its live definition says persistent_state='yes' (src/qemu/qemu_tpm.c, qemuTPMEmulatorCleanupHost).
+        """
+        with self._lock:
+            return self._presence.get(uuid) is Presence.RUNS and not self._defined.get(uuid, False)
+
     def stamp(self, uuid: str, xml: str) -> bool:
         """Put the element ``xml`` (without a namespace) into the live metadata of a guest; False: later.
 
@@ -218,7 +228,7 @@ class Guests:
     def _forget(self) -> None:
         with self._lock:
             self._connection = None
-            self._presence = {}
+            self._presence, self._defined = {}, {}
             self._arriving = set()
 
     def _connect(self) -> libvirt.virConnect:
@@ -228,23 +238,25 @@ class Guests:
             if connection.getType() == "QEMU":
                 connection.setKeepAlive(LIBVIRT_PROBE_SECONDS, LIBVIRT_PROBES)
             connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle, None)
-            listed = _listed(connection)
+            listed, defined = _listed(connection), _defined(connection)
         except libvirt.libvirtError:
             _close(connection)
             raise
         with self._lock:
             # What events said since is newer than the list.
-            self._presence = listed | self._presence
+            self._presence, self._defined = listed | self._presence, defined | self._defined
             self._connection = connection
             for uuid in [uuid for uuid, presence in self._presence.items() if presence is Presence.RUNS]:
                 self._tell(Happening(uuid, Event.RUNS, time.time()))
         return connection
 
     def _lifecycle(self, _: object, domain: libvirt.virDomain, event: int, detail: int, __: object) -> None:
+        uuid = str(domain.UUIDString())
+        if event in (libvirt.VIR_DOMAIN_EVENT_DEFINED, libvirt.VIR_DOMAIN_EVENT_UNDEFINED):
+            self._definition(uuid, event == libvirt.VIR_DOMAIN_EVENT_DEFINED)
         presence = presence_after(event, detail)
         if presence is None:
             return
-        uuid = str(domain.UUIDString())
         with self._lock:
             before, waited = self._presence.get(uuid), uuid in self._arriving
             self._presence[uuid] = presence
@@ -257,6 +269,12 @@ class Guests:
         elif presence is Presence.RUNS and before is not presence:
             self._tell(Happening(uuid, Event.RUNS, time.time()))
 
+    def _definition(self, uuid: str, kept: bool) -> None:
+        with self._lock:
+            self._defined[uuid] = kept
+        if self.transient(uuid):
+            self._tell(Happening(uuid, Event.RUNS, time.time()))
+
 
 def _listed(connection: libvirt.virConnect) -> dict[str, Presence]:
     found: dict[str, Presence] = {}
@@ -267,6 +285,11 @@ def _listed(connection: libvirt.virConnect) -> dict[str, Presence]:
             continue  # it has just ended
         found[str(domain.UUIDString())] = presence_of(*state)
     return found
+
+
+def _defined(connection: libvirt.virConnect) -> dict[str, bool]:
+    kept = connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_PERSISTENT)
+    return {str(domain.UUIDString()): True for domain in kept}
 
 
 def presence_of(state: int, reason: int) -> Presence:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -245,6 +246,47 @@ def test_offline_migration_of_a_guest_that_runs(traveller: Traveller, other: Hos
     # nothing is in the way of one that takes the guest along
     traveller.migrate(other, *(word for word in words if word == "--p2p"), *LEAVE)
     traveller.check_is_at(other, home)
+
+
+TRANSIENT = "swtpm_prop_guests_transient {}\n"
+
+
+def test_a_guest_that_arrives_without_its_definition(fleet: Fleet):
+    """libvirt deletes its TPM state when it stops: the agent says so while that can be mended."""
+    source, to = (fleet.members[name].host for name in ("gold", "silver"))
+    machine = fleet.define(source, Domain(name="homeless", memory=64))
+    uuid = machine.domain.uuid
+    warning = rf"<3>guest {uuid} has no definition here[^\n]*\[custody.transient\]: before that, ([^\n]*)"
+    try:
+        machine.start()
+        source.virsh("migrate", uuid, f"qemu+tcp://{to.name}/system", "--p2p", *STAY)
+        machine.host = to
+        agent = fleet.members[to.name].agent
+        assert eventually(lambda: re.search(warning, agent.log()) is not None)
+        assert TRANSIENT.format(1) in metrics(to)
+        # the mend, as it was printed
+        said = re.search(warning, agent.log())
+        assert said is not None
+        to.run(["sh", "-c", f"cd /run && {said[1]}"])
+        assert eventually(lambda: TRANSIENT.format(0) in metrics(to))
+        machine.destroy()
+        assert form(at(to, Layout().guest_tpm(uuid))) is Form.ENCRYPTED
+        machine.start()
+        # without it
+        to.virsh("undefine", uuid)
+        assert eventually(lambda: TRANSIENT.format(1) in metrics(to))
+        machine.destroy()
+        assert form(at(to, Layout().guest_tpm(uuid))) is Form.NONE
+    finally:
+        machine.remove()
+        if uuid in source.virsh("list", "--all", "--uuid"):
+            source.virsh("undefine", uuid)
+
+
+def metrics(host: Host) -> str:
+    """What Prometheus gets from the host's agent."""
+    program = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:9879/metrics').read().decode())"
+    return host.run([sys.executable, "-c", program]).stdout
 
 
 def test_a_guest_whose_metadata_does_not_allow_it(fleet: Fleet):

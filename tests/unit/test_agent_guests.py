@@ -72,6 +72,33 @@ def test_follows_a_guest(domain: libvirt.virDomain, guests: Guests, told: queue.
     assert told.empty()
 
 
+def test_tells_of_a_guest_that_loses_its_definition(
+    domain: libvirt.virDomain, guests: Guests, told: queue.Queue[Happening]
+) -> None:
+    uuid, xml = domain.UUIDString(), domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    assert told.get(timeout=5)[:2] == (uuid, Event.RUNS)
+    assert not guests.transient(uuid)
+    domain.undefine()
+    try:
+        assert told.get(timeout=5)[:2] == (uuid, Event.RUNS)
+        assert guests.transient(uuid)
+        # an agent that comes now sees it as well
+        later = Guests(URI, lambda _: None, Layout())
+        later._connect()
+        assert later.transient(uuid)
+    finally:
+        domain.connect().defineXML(xml)
+    assert eventually(lambda: not guests.transient(uuid))
+    # a definition is enough while nothing runs
+    domain.destroy()
+    assert told.get(timeout=5)[:2] == (uuid, Event.GONE)
+    domain.undefine()
+    assert eventually(lambda: guests._defined[uuid] is False)
+    assert not guests.transient(uuid)
+    domain.connect().defineXML(xml)
+    assert told.empty()
+
+
 def test_nobody_knows_before_libvirt_is_there(told: queue.Queue[Happening]) -> None:
     guests = Guests("test:///none/such", told.put, Layout())
     assert guests.presence(OTHER) is Presence.UNSEEN
