@@ -37,7 +37,6 @@ class World(NamedTuple):
     here: str = RUNS  # the guest's process at the source
     there: str = NONE
     ran_there: bool = False
-    was_paused: bool = False  # at the source, to switch over
     split: bool = False  # libvirt lost the answer of the last phase and made both run
     migrated: bool = False  # the source's host can see that its process ended by a migration
     never_ran: bool = False  # the destination's host can see that its process ended before the guest ran
@@ -80,7 +79,7 @@ def libvirt(world: World) -> Iterator[World]:
     if world.phase == STREAMING:
         yield world._replace(phase=OVER)  # it failed; the destination's process ends later
         if world.here == RUNS and world.there == WAITS:
-            yield world._replace(phase=SWITCHED, here=HALTED, was_paused=True)
+            yield world._replace(phase=SWITCHED, here=HALTED)
     if world.phase == SWITCHED:
         if world.there == WAITS:
             yield world._replace(there=RUNS, ran_there=True)
@@ -166,26 +165,27 @@ def sights(world: World) -> Iterator[World]:
         yield moved_on(world, SOURCE, E.MIGRATED)
     if world.never_ran:
         yield moved_on(world, DESTINATION, E.NEVER_RAN)
-    if presence_here(world) is Presence.RUNS and not world.was_paused and world.phase == OVER:
-        yield moved_on(world, SOURCE, E.STAYED)
 
 
-def learned(world: World, side: Side, word: State | None) -> World:
-    for event in machine.learn(side, word, presence_here(world) if side is SOURCE else presence_there(world)):
-        world = moved_on(world, side, event)
-    return world
+def learned(world: World, side: Side, word: State | None) -> Iterator[World]:
+    """A side hears a word, and looks at the guest as it does; or nobody there can look."""
+    for presence in (presence_here(world) if side is SOURCE else presence_there(world), Presence.UNSEEN):
+        after = world
+        for event in machine.learn(side, word, presence):
+            after = moved_on(after, side, event)
+        yield after
 
 
 def network(world: World) -> Iterator[World]:
     """Any word ever said may arrive at any time. That a host has no such transfer it says only when asked, of now."""
     for word in world.said_here:
-        yield learned(world, DESTINATION, word)
+        yield from learned(world, DESTINATION, word)
     for word in world.said_there:
-        yield learned(world, SOURCE, word)
+        yield from learned(world, SOURCE, word)
     if world.source in (None, S.CLOSED, S.SETTLED):  # there is none, or it is pruned
-        yield learned(world, DESTINATION, None)
+        yield from learned(world, DESTINATION, None)
     if world.destination in (S.CLOSED, S.SETTLED):
-        yield learned(world, SOURCE, None)
+        yield from learned(world, SOURCE, None)
 
 
 def operators(world: World) -> Iterator[World]:
