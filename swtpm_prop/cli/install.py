@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from swtpm_prop.cli import output
-from swtpm_prop.doctor.daemon import running
+from swtpm_prop.doctor.daemon import agents, running
 from swtpm_prop.install import steps
 from swtpm_prop.install.survey import survey
 from swtpm_prop.layout import Layout
@@ -30,8 +30,11 @@ def command(root: Path, as_json: bool) -> None:
     With --root, this command's interpreter must be found at the same path on that host.
     """
     layout = Layout(root)
-    done = steps.install(layout, survey(layout))
+    host = survey(layout)
+    done = steps.install(layout, host)
     remaining = restart(root) if done else []
+    if root == Path("/"):
+        remaining += earlier_agents(host.package)
     if not layout.index.exists():
         remaining.append("swtpm-prop store sync or store build: without an index no guest with property banks starts")
     report(done, remaining, as_json=as_json)
@@ -49,6 +52,14 @@ def restart(root: Path) -> list[str]:
     if systemd:
         return [*reload, *(f"systemctl restart {name}" for name in daemons)]
     return [f"restart {name} with the PATH of its service drop-in" for name in daemons]
+
+
+def earlier_agents(package: Path) -> list[str]:
+    """Agents that started before this package was put in place: they run on from what was there then."""
+    since = max(file.stat().st_ctime for file in package.rglob("*.py"))
+    systemd = Path("/run/systemd/system").is_dir()
+    how = "systemctl restart swtpm-prop-agent.service" if systemd else "restart swtpm-prop agent"
+    return [f"{how}: process {agent.pid} is of an earlier release" for agent in agents() if agent.started < since]
 
 
 def report(done: list[steps.Done], remaining: list[str], *, as_json: bool) -> None:

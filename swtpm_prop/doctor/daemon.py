@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,11 +48,22 @@ def _judge(patient: Patient, daemon: Daemon) -> Finding:
 
 
 def running() -> Iterator[Daemon]:
-    """The daemons in this mount namespace (those of containers have a file system of their own)."""
+    """libvirt's daemons in this mount namespace (those of containers have a file system of their own)."""
+    return _processes(lambda name, _: name in DAEMONS)
+
+
+def agents() -> Iterator[Daemon]:
+    """The product's own agents in this mount namespace."""
+    # An interpreter runs the script, whose first argument is the noun.
+    return _processes(lambda _, words: any(a.endswith("/swtpm-prop") and b == "agent" for a, b in pairwise(words)))
+
+
+def _processes(wanted: Callable[[str, list[str]], bool]) -> Iterator[Daemon]:
     for pid in (entry for entry in Path("/proc").iterdir() if entry.name.isdecimal()):
         try:
             name = (pid / "comm").read_text().rstrip("\n")
-            if name not in DAEMONS or (pid / "ns/mnt").readlink() != Path("/proc/self/ns/mnt").readlink():
+            words = os.fsdecode((pid / "cmdline").read_bytes()).split("\0")
+            if not wanted(name, words) or (pid / "ns/mnt").readlink() != Path("/proc/self/ns/mnt").readlink():
                 continue
             yield Daemon(name, int(pid.name), _environ(pid).get("PATH", ""), _started(pid))
         except (FileNotFoundError, ProcessLookupError, PermissionError):

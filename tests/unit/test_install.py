@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from swtpm_prop.cli.install import earlier_agents
 from swtpm_prop.cli.main import cli
 from swtpm_prop.custody.form import PERMANENT
 from swtpm_prop.errors import HostError
@@ -284,6 +286,26 @@ def test_the_command_line_says_what_it_did_and_what_is_left(root: Path, words: l
         assert f"now start with an ordinary TPM: {UUID}" in said.output
         assert not Layout(root).state.exists()
     assert "Left to you:" in said.output
+
+
+def test_an_agent_that_runs_from_an_earlier_release_is_named(tmp_path: Path) -> None:
+    program, package = tmp_path / "swtpm-prop", tmp_path / "package/within"
+    program.write_text(f"#!{sys.executable}\nimport time; print(flush=True); time.sleep(60)\n")
+    program.chmod(0o755)
+    package.mkdir(parents=True)
+    (package / "there.py").touch()
+    time.sleep(0.1)  # processes start at ticks of 10 ms
+    with subprocess.Popen([program, "agent"], stdout=subprocess.PIPE) as agent:
+        assert agent.stdout
+        agent.stdout.readline()
+        named = f": process {agent.pid} is of an earlier release"
+        assert not [line for line in earlier_agents(package.parent) if line.endswith(named)]
+        time.sleep(0.1)
+        (package / "new.py").touch()
+        (line,) = [line for line in earlier_agents(package.parent) if line.endswith(named)]
+        assert line.startswith(("systemctl restart swtpm-prop-agent.service", "restart swtpm-prop agent"))
+        agent.kill()
+    assert not [line for line in earlier_agents(package.parent) if line.endswith(named)]
 
 
 def test_guests_in_custody_are_not_purged_away(root: Path) -> None:
