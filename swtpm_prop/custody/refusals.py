@@ -102,7 +102,8 @@ def of_object(parent_changed: Callable[[], bool | None]) -> Iterator[None]:
     except TSS2_Exception as error:
         if _code(error) not in _FOREIGN:
             raise
-        raise HostError("tpm.foreign-object", *_WHY_FOREIGN[parent_changed()]) from error
+        what, mend = _WHY_FOREIGN[parent_changed()]
+        raise HostError("tpm.foreign-object", what, mend) from error
 
 
 _FOREIGN = (_INTEGRITY, _VALUE, 0x095, 0x092, 0x0A7)
