@@ -20,6 +20,7 @@ from swtpm_prop.attest.evidence import Evidence
 from swtpm_prop.custody import approvals, keys, opening, policy
 from swtpm_prop.custody.objects import ImportBlob, Sealed
 from swtpm_prop.errors import Error
+from swtpm_prop.hook.migrate import let_in
 from swtpm_prop.transfer import ask as asking
 from swtpm_prop.transfer import channel, messages
 from swtpm_prop.transfer.answer import Ends, answer
@@ -539,6 +540,24 @@ def test_a_source_that_is_slow(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) ->
     with doorway(lambda plain: time.sleep(2)) as endpoint:
         assert refusal(lambda: fleet.b.fetch(endpoint)) == "transfer.timeout"
     nothing_is_left(fleet)
+
+
+def test_dead_hosts_and_such_without_the_guest_before_the_one_that_has_it(fleet: Fleet) -> None:
+    """The hook, given three peers: to the first no packet comes through, for its queue is full."""
+    b = fleet.b
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.socket() as first, socket.socket() as second:
+        for waiting in (first, second):
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        peers = [f"127.0.0.1:{full.getsockname()[1]}", fleet.c.endpoint, fleet.a.endpoint]
+        with b.layout.host.open("a") as file:
+            file.write(f'[agent]\nendpoint = "{b.endpoint}"\npeers = {peers}\n')
+        xml = f"<domain><name>g</name><uuid>{UUID}</uuid><metadata/></domain>".encode()
+        began = time.monotonic()
+        noted = let_in(xml, PROPERTY, True, b.layout)
+    assert 2 < time.monotonic() - began < 10
+    assert b.states() == ["imported"]
+    assert b.journal.of(UUID)[0].id.encode() in noted
 
 
 def test_nobody_there(fleet: Fleet) -> None:
