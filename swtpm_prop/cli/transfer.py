@@ -28,7 +28,7 @@ MEANING = {
         State.KEPT: "you said that the guest is here; the peer is not known to know",
         State.CANCELLED: "the guest stayed here; the peer is not known to know",
         State.CLOSED: "the guest stayed here",
-        State.SETTLED: "the guest went to the peer, and you said that it may be started here again",
+        State.SETTLED: "the guest went to the peer, and came back or may be started here again by your word",
     },
     Side.DESTINATION: {
         State.ASKED: "the key is asked for, and not here",

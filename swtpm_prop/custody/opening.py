@@ -16,7 +16,7 @@ from swtpm_prop.trust import issuers
 
 def hardware(layout: Layout) -> Hardware:
     """The host's TPM, as host.toml names it; a context manager."""
-    return Hardware(host_config.load(layout.host).tpm.tcti, layout.tpm_lock)
+    return Hardware(host_config.load(layout.host).tpm.tcti, layout.tpm_lock, layout.host_keys)
 
 
 def open_(record: KeyRecord, tpm: Hardware, layout: Layout) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
@@ -127,14 +128,15 @@ def key_for_start(uuid: str, property: str | None, transfer: str, account: Accou
     Args:
         uuid: the guest's, whose state is not one that libvirt encrypts by itself.
         property: the host property that its metadata demands; None: it does not ask for custody.
-        transfer: id of the transfer that this start receives the guest by; empty for an ordinary start.
+        transfer: what the migrate hook has noted in the XML: the id of the transfer by which this start receives the
+            guest, see also `returning`; empty for an ordinary start.
         account: swtpm's.
         layout: of this host.
 
     Raises:
         Error: the guest must not start; its state is whole, under the old key or the new one.
     """
-    arriving = gate(uuid, transfer, layout)
+    arriving = gate(uuid, property, transfer, layout)
     case = Case(uuid, property or "", account, layout)
     if property is not None:
         _look_at_memory(layout)
@@ -144,8 +146,11 @@ def key_for_start(uuid: str, property: str | None, transfer: str, account: Accou
     return Start(_TAKEN[step](case))
 
 
-def gate(uuid: str, transfer: str, layout: Layout) -> Arrival | None:
+def gate(uuid: str, property: str | None, transfer: str, layout: Layout) -> Arrival | None:
     """Ask the journal of transfers whether the guest may start here.
+
+    Args:
+        uuid, property, transfer, layout: as `key_for_start`.
 
     Returns:
         The key that came with the guest which this start receives; None for an ordinary start.
@@ -155,6 +160,7 @@ def gate(uuid: str, transfer: str, layout: Layout) -> Arrival | None:
     """
     if not (layout.transfers / uuid).exists():
         return None
+    from swtpm_prop.hook.returning import comes_back
     from swtpm_prop.transfer.journal import Journal
     from swtpm_prop.transfer.settle import HOOK, Settler
 
@@ -162,7 +168,8 @@ def gate(uuid: str, transfer: str, layout: Layout) -> Arrival | None:
     newest = settler.journal.of(uuid)[:1]
     # Another start of the same guest must not pass for the one that receives it, and run while the source's runs.
     arriving = settler.arrive(uuid) if newest and newest[0].id == transfer else None
-    if arriving is None:
+    returns = property is None and comes_back(uuid, transfer, settler.journal)
+    if arriving is None and not returns:
         settler.gate(uuid)
     return arriving
 
@@ -341,7 +348,7 @@ def _check_property(case: Case, record: KeyRecord) -> None:
         raise HostError(
             "custody.property-changed",
             f"the guest demands '{case.property}' of its host, its key was sealed for '{record.property}'",
-            f"if that is right, 'swtpm-prop key rebind {case.uuid}'",
+            f"if that is right: swtpm-prop key rebind {case.uuid} --property {shlex.quote(case.property)}",
         )
 
 

@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 from swtpm_prop import host_config
 from swtpm_prop.attest import certificates
-from swtpm_prop.domain import arrival, processes, stamp
+from swtpm_prop.domain import arrival, permission, processes, stamp
 from swtpm_prop.domain.identity import Identity, identify
-from swtpm_prop.errors import DomainError, Error, TransferError
+from swtpm_prop.domain.metadata import parse_domain
+from swtpm_prop.errors import Error, TransferError
 from swtpm_prop.host_config import AgentConfig
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import AGENT_TALK_SECONDS, FETCH_SECONDS, REACH_SECONDS
@@ -46,11 +47,7 @@ def let_in(xml: bytes, property: str, allowed: bool, layout: Layout) -> bytes:
         Error: libvirt must refuse the migration; the guest runs on at the source.
     """
     if not allowed:
-        raise DomainError(
-            "migration.not-allowed",
-            "the guest's key is kept by the host where it runs, and its metadata does not let it go",
-            'add <migration allow="attested"/> there: swtpm-prop domain enable --migration attested',
-        )
+        raise permission.not_allowed(identify(xml).name, parse_domain(xml))
     identity, config = identify(xml), host_config.load(layout.host).agent
     speaker = Speaker(layout)
     here = config.reached_at(certificates.read(speaker.identity().files.tls_certificate).host)

@@ -44,16 +44,20 @@ def release(xml: bytes, layout: Layout) -> None:
 
 def migrate(xml: bytes, layout: Layout) -> None:
     """A guest is to come from another host: not without its key, if that is in custody."""
-    if not identify(xml).concerned:
-        return
-    from swtpm_prop.domain.metadata import parse_domain
+    identity, vtpm = identify(xml), None
+    if identity.concerned:
+        from swtpm_prop.domain.metadata import parse_domain
 
-    vtpm = parse_domain(xml)
+        vtpm = parse_domain(xml)
     if vtpm is not None and vtpm.custody is not None:
         # What speaks to hosts and TPMs takes a tenth of a second to import: not for a guest that only has the layer.
         from swtpm_prop.hook.migrate import let_in
 
         sys.stdout.buffer.write(let_in(xml, vtpm.custody, vtpm.migration is not None, layout))
+    elif (layout.transfers / identity.uuid).exists():
+        from swtpm_prop.hook.returning import let_back
+
+        sys.stdout.buffer.write(let_back(xml, identity.uuid, layout))
 
 
 def nothing(_xml: bytes, _layout: Layout) -> None:

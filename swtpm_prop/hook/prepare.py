@@ -52,7 +52,7 @@ def lay_out(identity: Identity, xml: bytes, layout: Layout) -> None:
 def _start(identity: Identity, vtpm: Vtpm, account: Account, layout: Layout) -> Start:
     if vtpm.encrypted:
         # libvirt has the key; the guest may have been in custody before, and have left.
-        gate(identity.uuid, "", layout)
+        gate(identity.uuid, None, transfer(identity), layout)
         return Start(None)
     return key_for_start(identity.uuid, vtpm.custody, transfer(identity), account, layout)
 

@@ -40,7 +40,8 @@ class State(StrEnum):
     # Either's.
     CANCELLED = "cancelled"  # the guest stays with the source; the peer is not known to know
     CLOSED = "closed"  # the same, and the peer knows
-    # The destination's: the guest is its own, and the source knows. The source's: an operator lifted a release.
+    # The destination's: the guest is its own, and the source knows. The source's: the release is lifted, by an operator
+    # or because the guest is back.
     SETTLED = "settled"
 
 
@@ -130,7 +131,10 @@ SOURCE: dict[State, dict[Event, Step]] = {
         E.MIGRATED: Step(S.RELEASED, (A.DESTROY_KEY, A.REMOVE_STATE)),
         E.RUNS: Step(S.YIELDED, (A.HALT,)),
     },
-    S.RELEASED: {E.HERE: Step(S.SETTLED)},
+    S.RELEASED: {
+        E.HERE: Step(S.SETTLED),
+        E.RUNS: Step(S.SETTLED),  # it came back without custody, hence without a transfer
+    },
     S.CANCELLED: {
         E.SUPERSEDE: Step(S.CLOSED),
         E.PEER_CLAIMED: Step(S.YIELDED),

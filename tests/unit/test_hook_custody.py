@@ -18,10 +18,13 @@ from swtpm_prop.custody import keys, opening, recovery, state
 from swtpm_prop.custody.form import PERMANENT, Form, form
 from swtpm_prop.custody.keys import KeyRecord, migration_key
 from swtpm_prop.domain.arrival import note
+from swtpm_prop.errors import TransferError
 from swtpm_prop.hook.custody import MATRIX, Kept, Step
 from swtpm_prop.transfer import handover
 from swtpm_prop.transfer.journal import Journal, Transfer
-from swtpm_prop.transfer.machine import Side, State
+from swtpm_prop.transfer.machine import Event, Side, State
+from swtpm_prop.transfer.messages import Report
+from swtpm_prop.transfer.settle import HOOK, Settler
 from tests.custodian import (
     APPROVED,
     OTHER,
@@ -423,6 +426,47 @@ def test_a_guest_that_went_elsewhere_does_not_start_whatever_its_metadata_says_n
     assert host.hook("prepare", domain(custody, opted_in=opted_in)) == 1
     assert said(capsys) == id
     assert not host.layout.guest_run(UUID).exists()
+
+
+@pytest.mark.parametrize("opted_in", [True, False])
+def test_a_guest_that_left_in_custody_comes_back_without(
+    host: CustodyHost, capfdbinary: pytest.CaptureFixture[bytes], opted_in: bool
+) -> None:
+    began(host, Side.SOURCE, State.RELEASED)
+    plain = domain(None, opted_in=opted_in)
+    assert host.hook("prepare", plain) == 1
+    capfdbinary.readouterr()
+    assert host.hook("migrate", plain) == 0
+    sys.stdout.flush()
+    xml = capfdbinary.readouterr().out
+    assert host.hook("prepare", xml) == 0
+    assert handed_over(host) is None
+    # Not yet: what left its definition here would start anew with an empty TPM if this migration failed.
+    assert host.hook("prepare", plain) == 1
+    settler = Settler(host.layout, Journal(host.layout), HOOK, _nobody)
+    settler.observe(UUID, Event.RUNS)
+    assert [known.state for known in settler.journal.of(UUID)] == [State.SETTLED]
+    assert host.hook("prepare", plain) == 0
+
+
+def test_only_without_custody_a_guest_comes_back_without_a_key(host: CustodyHost) -> None:
+    began(host, Side.SOURCE, State.RELEASED)
+    assert host.hook("prepare", note(domain(migration=True), f"back-{ID}")) == 1
+    assert host.hook("prepare", note(domain(None), f"back-{'0' * 32}")) == 1
+    assert host.hook("prepare", note(domain(None), ID)) == 1
+
+
+def _nobody(transfer: Transfer, _: Report) -> Report:
+    raise TransferError("transfer.unreachable", transfer.peer)
+
+
+def test_a_guest_without_custody_that_never_left_comes_as_it_is(
+    host: CustodyHost, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    began(host, Side.DESTINATION, State.SETTLED)
+    assert host.hook("migrate", domain(None)) == 0
+    sys.stdout.flush()
+    assert capfdbinary.readouterr().out == b""
 
 
 # -- recovery -------------------------------------------------------------------------------------
