@@ -15,10 +15,12 @@ import libvirt
 
 from swtpm_prop.domain.job import parse_job
 from swtpm_prop.domain.metadata import parse_domain
+from swtpm_prop.domain.permission import not_allowed
 from swtpm_prop.domain.stamp import NAMESPACE, PREFIX
 from swtpm_prop.errors import DomainError, HostError, TransferError
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import DOMAIN_XML_BYTES, LIBVIRT_PROBE_SECONDS, LIBVIRT_PROBES, LIBVIRT_RETRY_SECONDS
+from swtpm_prop.transfer.answer import unseen
 from swtpm_prop.transfer.machine import Event, Presence
 
 LOCAL = "qemu:///system"
@@ -136,24 +138,21 @@ class Guests:
         connection = self._connection
         try:
             if connection is None:
-                raise _unseen("no connection to libvirt")
+                raise unseen("no connection to libvirt")
             domain = connection.lookupByUUIDString(uuid)
+            name = domain.name()
             if not job_leaves(_job(domain)):
                 raise TransferError(
                     "transfer.not-migrating", "libvirt is not migrating the guest away", "virsh migrate it --live"
                 )
             if connection.getType() == "QEMU":
-                check_moves(self._layout, uuid, domain.name())
+                check_moves(self._layout, uuid, name)
             # Of a guest that runs this is the live definition. The element alone comes without its namespace.
             asked = parse_domain(domain.XMLDesc().encode())
         except libvirt.libvirtError as error:
-            raise _unseen(error.get_error_message()) from error
+            raise unseen(error.get_error_message()) from error
         if asked is None or asked.migration is None:
-            raise TransferError(
-                "migration.not-allowed",
-                "the metadata of the guest that runs here do not let it go",
-                'add <migration allow="attested"/>: swtpm-prop domain enable --migration attested',
-            )
+            raise not_allowed(name, asked)
 
     def running(self) -> list[str]:
         """UUIDs of the guests that run here, as far as is known."""
@@ -362,10 +361,6 @@ def _job(domain: libvirt.virDomain) -> Mapping[str, object]:
         # QEMU's driver always tells. What has no jobs, libvirt's test driver, is taken at its guests' word.
         return {libvirt.VIR_DOMAIN_JOB_OPERATION: libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT}
     return found
-
-
-def _unseen(why: str) -> TransferError:
-    return TransferError("transfer.unseen", f"this host cannot see its guests, {why}", "see that libvirt runs there")
 
 
 def _not_halted(uuid: str, why: str) -> HostError:

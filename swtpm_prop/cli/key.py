@@ -11,7 +11,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from swtpm_prop.account import swtpm_account
 from swtpm_prop.cli import key_forget, output, passphrase
 from swtpm_prop.cli.guest import guest_argument, guest_uuid, known_here
-from swtpm_prop.cli.key_forget import without_record
 from swtpm_prop.custody import keys, opening, rebinding
 from swtpm_prop.custody.form import form
 from swtpm_prop.custody.keys import KeyRecord
@@ -159,7 +158,7 @@ def _opened(uuid: str, layout: Layout) -> tuple[KeyRecord | None, Error | None]:
     try:
         record = keys.load(uuid, layout)
         if record is None:
-            raise without_record(uuid)
+            raise rebinding.without_record(uuid)
         with opening.hardware(layout) as tpm:
             opening.open_(record, tpm, layout)
     except Error as error:

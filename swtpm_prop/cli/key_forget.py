@@ -8,6 +8,7 @@ from swtpm_prop.cli import output
 from swtpm_prop.cli.guest import guest_argument, guest_uuid, known_here
 from swtpm_prop.custody import keys
 from swtpm_prop.custody.form import Form, form
+from swtpm_prop.custody.rebinding import without_record
 from swtpm_prop.errors import HostError, TransferError, UsageError
 from swtpm_prop.layout import Layout
 from swtpm_prop.transfer.journal import Journal
@@ -42,15 +43,6 @@ def forget(ctx: click.Context, guest: str, uri: str, leave_state: bool, yes: boo
         output.print_json({"guest": uuid, "forgotten": True})
     else:
         click.echo(f"this host has no key of guest {uuid} any more")
-
-
-def without_record(uuid: str) -> HostError:
-    """This host has no key of the guest."""
-    return HostError(
-        "custody.no-record",
-        f"this host has no key of guest {uuid}",
-        "its first start with custody makes one; if it has left, 'swtpm-prop transfer show' says where it went",
-    )
 
 
 def _check_gone(uuid: str, uri: str, leave_state: bool, layout: Layout) -> None:

@@ -33,17 +33,23 @@ def rebind(uuid: str, property: str | None, accept_plain: bool, layout: Layout) 
     """
     record = keys.load(uuid, layout)
     if record is None:
-        raise HostError(
-            "custody.no-record",
-            f"this host has no key of guest {uuid}",
-            "the first start of a guest with custody makes one; 'swtpm-prop key recover' brings one back",
-        )
+        raise without_record(uuid)
     with opening.hardware(layout) as tpm:
         key = _open_as_sealed(record, tpm, layout)
         sealed = opening.seal(key, uuid, property or record.property, tpm, layout, record.epoch)
     made = sealed._replace(encrypted=record.encrypted and not accept_plain)
     keys.store(made, layout)
     return made
+
+
+def without_record(uuid: str) -> HostError:
+    """This host has no key of the guest."""
+    return HostError(
+        "custody.no-record",
+        f"this host has no key of guest {uuid}",
+        "its first start with custody makes one; 'swtpm-prop transfer show' says where it went if it has left, "
+        "'swtpm-prop key recover' brings back one that is lost",
+    )
 
 
 def recover(

@@ -96,6 +96,11 @@ def out_of_turn(message: Message) -> TransferError:
     )
 
 
+def unseen(why: str) -> TransferError:
+    """Nobody can say here whether the guest is on this host."""
+    return TransferError("transfer.unseen", f"this host cannot see its guests, {why}", "see that libvirt runs there")
+
+
 def _kept(uuid: str, source: Source) -> KeyRecord:
     record = source.record(uuid)
     # A record of a guest whose custody is off is kept for its old images.
@@ -103,7 +108,7 @@ def _kept(uuid: str, source: Source) -> KeyRecord:
         raise TransferError("transfer.no-key", f"this host keeps no key of guest {uuid}", "ask the host where it runs")
     presence = source.presence(uuid)
     if presence is Presence.UNSEEN:
-        raise TransferError("transfer.unseen", "this host cannot see its guests", "see that libvirt runs there")
+        raise unseen("its agent has no connection to libvirt")
     if presence is not Presence.RUNS:
         raise TransferError(
             "transfer.not-running",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shlex
 from collections.abc import Callable, Generator
 from typing import NamedTuple, TypeVar
 
@@ -79,7 +80,7 @@ def fetch(
     try:
         # 2
         challenge = _expected(Challenge, (yield ask), ends.peer)
-        _check_property(challenge, property, ends.peer)
+        _check_property(ask.uuid, challenge, property, ends.peer)
         # 3
         bound = binding(ask, challenge, ends.peer_key, ends.own_key, destination.parent_name())
         proof = Proof(destination.prove(bound, property))
@@ -102,10 +103,10 @@ def _expected(kind: type[M], message: Message, peer: str) -> M:
     return message
 
 
-def _check_property(challenge: Challenge, property: str, peer: str) -> None:
+def _check_property(uuid: str, challenge: Challenge, property: str, peer: str) -> None:
     if challenge.property != property:
         raise TransferError(
             "transfer.property",
             f"the guest's key on '{peer}' demands '{challenge.property}', its metadata '{property}'",
-            "on that host, 'swtpm-prop key rebind' seals the key anew",
+            f"migrate again after this on that host: swtpm-prop key rebind {uuid} --property {shlex.quote(property)}",
         )
