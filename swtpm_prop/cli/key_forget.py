@@ -35,10 +35,13 @@ def forget(ctx: click.Context, guest: str, uri: str, leave_state: bool, yes: boo
             f"saved images, snapshots and backups of guest {uuid} open nowhere after this, but by a recovery key"
         )
         click.confirm("Destroy its key?", abort=True, err=True)
-    with Journal(layout).locked(uuid):
+    journal = Journal(layout)
+    with journal.locked(uuid):
         # Again: while somebody thought about it, the guest may have been defined anew or have been on its way here.
         _check_gone(uuid, uri, leave_state, layout)
         keys.destroy(uuid, layout)
+        # A former host that asks hears from now on that the guest is not here: it may be begun anew there.
+        journal.forget(uuid)
     if as_json:
         output.print_json({"guest": uuid, "forgotten": True})
     else:

@@ -148,6 +148,16 @@ class Journal:
                 return
             self.remove(transfer)
 
+    def forget(self, uuid: str) -> None:
+        """Forget all transfers of a guest that was here and is gone for good; none of them is unfinished.
+
+        The sign of where a guest went stays: without it the definition that was left behind would start it anew.
+        """
+        sign = self.counting(uuid)
+        if sign is None or sign.state is not State.RELEASED:
+            for transfer in reversed(self.of(uuid)):
+                self.remove(transfer)
+
     def counting(self, uuid: str) -> Transfer | None:
         """The transfer that says where the guest is; None: it never left or came."""
         return next((known for known in self.of(uuid) if speaks(known.side, known.state)), None)

@@ -263,7 +263,7 @@ class Settler:
             raise TransferError(
                 "transfer.runs-there",
                 f"host '{transfer.peer}' answers that the guest is there ({answer.state})",
-                "migrate it back, or destroy it there first",
+                f"migrate it back; if it is gone there for good, there 'swtpm-prop key forget {transfer.uuid}'",
             )
         presence = self._eyes.presence(transfer.uuid)
         if not here and presence is Presence.UNSEEN:

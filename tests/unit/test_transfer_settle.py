@@ -353,6 +353,27 @@ def test_a_guest_that_is_here_already_is_not_gone_because_it_is_to_come_once_mor
     assert b.opens
 
 
+def test_a_guest_that_was_forgotten_where_it_went_may_be_begun_anew_where_it_was(
+    a: SimulatedHost, b: SimulatedHost
+) -> None:
+    migrate(a, b, ONE)
+    b.seen = Presence.GONE
+    with pytest.raises(TransferError) as caught:
+        a.agent.resolve(UUID, here=True)
+    assert (caught.value.id, "key forget" in caught.value.mend) == ("transfer.runs-there", True)
+    keys.destroy(UUID, b.layout)
+    b.journal.forget(UUID)
+    a.agent.resolve(UUID, here=True)
+    assert (a.states(), b.states()) == (["settled"], [])
+    a.hook.gate(UUID)
+
+
+def test_the_sign_of_where_a_guest_went_is_not_forgotten(a: SimulatedHost, b: SimulatedHost) -> None:
+    migrate(a, b, ONE)
+    a.journal.forget(UUID)
+    assert a.states() == ["released"]
+
+
 def test_a_key_arrives_once(a: SimulatedHost, b: SimulatedHost) -> None:
     hand_over(a, b, ONE)
     assert [path.stat().st_mode & 0o7777 for path in b.left] == [0o600]
