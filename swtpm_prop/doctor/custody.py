@@ -14,6 +14,12 @@ from swtpm_prop.limits import DOCTOR_SECONDS
 UNIT = "/etc/systemd/system/multi-user.target.wants/swtpm-prop-agent.service"
 """What ``systemctl enable swtpm-prop-agent.service`` makes."""
 
+DROP_INS = "/etc/systemd/system/swtpm-prop-agent.service.d"
+"""Where an operator adds to the agent's unit."""
+
+DEVICES = ("/dev/tpm0", "/dev/tpmrm0")
+"""What the unit allows, see install/texts/agent.service."""
+
 SOON = 30 * 86400
 """How long before its end, in seconds, a certificate of the fleet should be renewed."""
 
@@ -116,7 +122,9 @@ def _judge(patient: Patient, property: str, guests: list[str]) -> Finding:
         return problem(error.id, f"{who} do not open: {error.what}", error.mend)
     if epoch > listed.epoch:
         what = f"{who} do not open: the TPM counts epoch {epoch}, the newest list of '{property}' is of {listed.epoch}"
-        return problem("host.epoch-passed", what, f"swtpm-prop store sync; or host approve --epoch {epoch}")
+        return problem(
+            "host.epoch-ahead", what, f"swtpm-prop store sync; or its authority: host approve --epoch {epoch}"
+        )
     if epoch < listed.epoch:
         what = f"what was revoked for '{property}' still counts: the TPM counts epoch {epoch} of {listed.epoch}"
         return warning("host.epoch-behind", what, "swtpm-prop store sync")
@@ -126,8 +134,8 @@ def _judge(patient: Patient, property: str, guests: list[str]) -> Finding:
 def recovery(patient: Patient) -> Iterator[Finding]:
     """When this host burns down, its guests' keys burn with it, unless there is a recovery key."""
     if concerned(patient) and not host_config.load(patient.layout.host).custody.recovery:
-        mend = f"name public keys in [custody] recovery of {patient.layout.host}, then swtpm-prop key rebind"
-        yield warning("host.no-recovery", "no recovery key is named: a guest's key is lost with this host", mend)
+        mend = f"name public keys in [custody] recovery of {patient.layout.host}, then key rebind GUEST for each guest"
+        yield warning("custody.no-recovery", "no recovery key is named: a guest's key is lost with this host", mend)
 
 
 def transfers(patient: Patient) -> Iterator[Finding]:
@@ -167,9 +175,21 @@ def agent(patient: Patient) -> Iterator[Finding]:
         return
     if patient.live:
         yield _health(host_config.load(patient.layout.host).agent.metrics)
+    yield from _device(patient)
     if not patient.at(UNIT).is_symlink():
         mend = "systemctl enable --now swtpm-prop-agent.service, unless something else runs swtpm-prop agent"
         yield warning("agent.not-enabled", "nothing starts the agent when this host starts", mend)
+
+
+def _device(patient: Patient) -> Iterator[Finding]:
+    """The agent's unit lets it open these devices only; every other command opens what host.toml names."""
+    kind, _, device = host_config.load(patient.layout.host).tpm.tcti.partition(":")
+    if kind != "device" or device in ("", *DEVICES):
+        return
+    if not any(f"DeviceAllow={device}" in path.read_text() for path in patient.at(DROP_INS).glob("*.conf")):
+        what = f"host.toml names {device}, and nothing lets the agent open it"
+        mend = f"[Service] DeviceAllow={device} rw in {DROP_INS}/tpm.conf; systemctl daemon-reload; restart the agent"
+        yield warning("agent.device", what, mend)
 
 
 def _health(endpoint: str) -> Finding:

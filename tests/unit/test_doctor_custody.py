@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -171,7 +173,7 @@ def test_epochs(layout: Layout, tpm: HardwareTpm) -> None:
     assert found(custody.approvals(patient(layout))) == {"host.epoch-behind": State.WARNING}
     with tpm.open() as hardware:
         hardware.raise_epoch(epoch + 2)
-    assert found(custody.approvals(patient(layout))) == {"host.epoch-passed": State.PROBLEM}
+    assert found(custody.approvals(patient(layout))) == {"host.epoch-ahead": State.PROBLEM}
 
 
 def test_no_list(layout: Layout) -> None:
@@ -181,7 +183,7 @@ def test_no_list(layout: Layout) -> None:
 
 def test_no_recovery_key(layout: Layout) -> None:
     configure(layout, "")
-    assert found(custody.recovery(patient(layout))) == {"host.no-recovery": State.WARNING}
+    assert found(custody.recovery(patient(layout))) == {"custody.no-recovery": State.WARNING}
 
 
 @pytest.mark.parametrize(
@@ -201,6 +203,21 @@ def test_the_agent_says_how_it_is(layout: Layout, status: int, text: str, id: st
     assert set(findings) == {id, "agent.not-enabled"}
     assert status == 200 or "libvirt is away" in findings[id].what
     assert found(custody.agent(patient(layout)))["agent.silent"] is State.PROBLEM
+
+
+def test_a_tpm_that_the_agent_may_not_open(layout: Layout) -> None:
+    unit = resources.files("swtpm_prop.install") / "texts/agent.service"
+    allowed = re.findall("^DeviceAllow=(.*) rw$", unit.read_text(), re.MULTILINE)
+    assert tuple(allowed) == custody.DEVICES
+    for device in allowed:
+        configure(layout, f'[tpm]\ntcti = "device:{device}"\n')
+        assert "agent.device" not in found(custody.agent(patient(layout, live=False)))
+    configure(layout, '[tpm]\ntcti = "device:/dev/tpmrm1"\n')
+    assert found(custody.agent(patient(layout, live=False)))["agent.device"] is State.WARNING
+    drop_in = layout.root / custody.DROP_INS.lstrip("/") / "tpm.conf"
+    drop_in.parent.mkdir(parents=True)
+    drop_in.write_text("[Service]\nDeviceAllow=/dev/tpmrm1 rw\n")
+    assert "agent.device" not in found(custody.agent(patient(layout, live=False)))
 
 
 def test_a_transfer_that_stays_open(layout: Layout) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -13,7 +14,9 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from swtpm_prop.cli.main import cli
 from swtpm_prop.custody import keys, opening, recovery, state
 from swtpm_prop.custody.form import PERMANENT, Form, form
 from swtpm_prop.custody.keys import KeyRecord, migration_key
@@ -467,6 +470,20 @@ def test_a_guest_without_custody_that_never_left_comes_as_it_is(
     assert host.hook("migrate", domain(None)) == 0
     sys.stdout.flush()
     assert capfdbinary.readouterr().out == b""
+
+
+def test_the_command_of_the_message_seals_the_key_for_what_the_guest_demands_now(
+    host: CustodyHost, directory: Path, plain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(directory, plain.read_bytes(), host)
+    assert host.hook("prepare", domain()) == 0
+    host.hook("release", domain())
+    assert host.hook("prepare", domain(OTHER)) == 1
+    told = capsys.readouterr().err
+    assert "[custody.property-changed]" in told
+    done = CliRunner().invoke(cli, shlex.split(told.partition("swtpm-prop ")[2]), obj=host.layout)
+    assert done.exit_code == 0, done.output
+    assert host.hook("prepare", domain(OTHER)) == 0
 
 
 # -- recovery -------------------------------------------------------------------------------------

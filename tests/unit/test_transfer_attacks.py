@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import socket
 import ssl
 import struct
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from fleet_ca import NOW, Ca, sign_in_software
 from hardware import HardwareTpm
 from members import PROPERTY, UUID, Authority, Member, doorway
@@ -17,6 +19,7 @@ from members import PROPERTY, UUID, Authority, Member, doorway
 from swtpm_prop.attest import certificates, evidence
 from swtpm_prop.attest.certificates import Kind
 from swtpm_prop.attest.evidence import Evidence
+from swtpm_prop.cli.main import cli
 from swtpm_prop.custody import approvals, keys, opening, policy
 from swtpm_prop.custody.objects import ImportBlob, Sealed
 from swtpm_prop.errors import Error
@@ -213,8 +216,21 @@ def test_another_property_than_the_metadata_demands(fleet: Fleet) -> None:
             opened.send(next(talk))
             return talk.send(opened.receive())
 
-    assert refusal(fetch) == "transfer.property"
+    with pytest.raises(Error) as caught:
+        fetch()
+    assert caught.value.id == "transfer.property"
     nothing_is_left(fleet)
+    # What it says to do there makes the key demand what the metadata do.
+    argv = shlex.split(caught.value.mend.partition("swtpm-prop ")[2])
+    of = fleet.authority
+    with fleet.a.tpm.open() as tpm:
+        of.list = approvals.approve(of.list, of.key, "for the other", PROPERTY + "-2", tpm.pcrs(range(8)))
+    fleet.approve()
+    done = CliRunner().invoke(cli, argv, obj=fleet.a.layout)
+    assert done.exit_code == 0, done.output
+    record = keys.load(UUID, fleet.a.layout)
+    assert record is not None
+    assert record.property == PROPERTY + "-2"
 
 
 # -- evidence that is not of this host, this conversation, this boot ----------------------------
