@@ -16,7 +16,7 @@ from swtpm_prop.errors import TransferError, UsageError
 from swtpm_prop.layout import Layout
 from swtpm_prop.transfer.journal import Journal, Transfer
 from swtpm_prop.transfer.machine import Gate, Presence, Side, State
-from swtpm_prop.transfer.settle import Eyes, Settler
+from swtpm_prop.transfer.settle import Eyes, Settler, elsewhere
 from swtpm_prop.transfer.speaker import Speaker
 
 MEANING = {
@@ -99,16 +99,19 @@ def show(ctx: click.Context, guest: str, uri: str, as_json: bool) -> None:
         click.echo(f"{transfer.id}  {peer}, {transfer.state} since {_moment(transfer.since)}")
         click.echo(f"  {MEANING[transfer.side][transfer.state]}")
     click.echo(GATES[gate])
+    counting = journal.counting(uuid)
+    if counting and gate in (Gate.ASK_THEN_REFUSE, Gate.REFUSE):
+        click.echo(elsewhere(counting).mend)
 
 
 @command.command()
 @guest_argument()
-@click.option("--here", "place", flag_value="here", help="The guest is on this host.")
-@click.option("--there", "place", flag_value="there", help="The guest is on the transfer's other host.")
+@click.option("--here", is_flag=True, help="The guest is on this host.")
+@click.option("--there", is_flag=True, help="The guest is on the transfer's other host.")
 @click.option("--yes", is_flag=True, help="Do not ask, even if the guest's TPM state is not here.")
 @output.json_option
 @click.pass_context
-def resolve(ctx: click.Context, guest: str, uri: str, place: str | None, yes: bool, as_json: bool) -> None:
+def resolve(ctx: click.Context, guest: str, uri: str, here: bool, there: bool, yes: bool, as_json: bool) -> None:
     """Decide where GUEST is, when its other host is lost for good and no host can know.
 
     GUEST is a name, or a UUID: that of a guest that is not defined here any more is in 'transfer list'.
@@ -116,15 +119,15 @@ def resolve(ctx: click.Context, guest: str, uri: str, place: str | None, yes: bo
     Your word counts: see that nothing of the guest runs on the other side, nor is started there before that host has
     heard of this. Where an answer of the peer decides, your word is not taken.
     """
-    if place is None:
+    if here == there:
         raise UsageError("usage.place", "it is not said where the guest is", "give --here or --there")
     uuid, layout = guest_uuid(guest, uri), _layout(ctx)
     state = form(layout.guest_tpm(uuid))
-    if place == "here" and state is Form.NONE:
+    if here and state is Form.NONE:
         _warn_of_no_state(uuid, yes, as_json, layout)
     libvirt.registerErrorHandler(lambda *_: None, None)  # by default it prints each error itself
     settler = Settler(layout, Journal(layout), Eyes(_presence, _halt), Speaker(layout).report)
-    transfer, gate = settler.resolve(uuid, place == "here"), settler.journal.gate(uuid)
+    transfer, gate = settler.resolve(uuid, here), settler.journal.gate(uuid)
     if as_json:
         about = {"guest": uuid, "start": gate, "tpmState": state.value}
         output.print_json({**about, "transfer": _for_programs(transfer)})

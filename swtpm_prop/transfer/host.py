@@ -99,11 +99,9 @@ def check_host(verified: Verified, approved: ApprovalList, property: str) -> Non
         )
     found = approvals.find(approved, property, verified.pcrs)
     if isinstance(found, Difference):
-        differing = ", ".join(map(str, sorted(found.pcrs)))
         raise TransferError(
             "transfer.state-not-approved",
-            f"the state of '{verified.host}' is not approved for '{property}': PCR {differing} differ from"
-            f" '{found.label}'",
+            f"the state of '{verified.host}' is not approved for '{property}': {found.says}",
             f"have it approved, or bring '{verified.host}' back into an approved state",
         )
 

@@ -131,7 +131,7 @@ class Settler:
         """
         with self.journal.locked(offered.uuid):
             if not machine.may_offer(self.journal.gate(offered.uuid)):
-                raise _elsewhere(self._counting(offered.uuid))
+                raise elsewhere(self._counting(offered.uuid))
             blob = wrap()
             self.journal.begin(offered)
         return blob
@@ -342,7 +342,7 @@ class Settler:
             for transfer in self.journal.of(uuid):
                 self._do_due(transfer)
             if not machine.may_offer(self.journal.gate(uuid)):
-                raise _elsewhere(self._counting(uuid))
+                raise elsewhere(self._counting(uuid))
 
     def _step(self, transfer: Transfer, event: Event) -> Transfer:
         """Write down what the event leads to, then do it; what fails of that stays due."""
@@ -441,16 +441,16 @@ class Settler:
         return counting
 
 
-def _elsewhere(transfer: Transfer) -> TransferError:
+def elsewhere(transfer: Transfer) -> TransferError:
     """Why the guest may not be started here, and the one thing to do."""
     uuid, peer = transfer.uuid, transfer.peer
     command = f"swtpm-prop transfer resolve {uuid}"
     if machine.GATES[transfer.side][transfer.state] is Gate.ASK_THEN_REFUSE:
-        word = "--here" if transfer.side is Side.SOURCE else "--here or --there"
+        or_there = "" if transfer.side is Side.SOURCE else f"; if it is there: '{command} --there'"
         return TransferError(
             "transfer.undecided",
             f"the guest was migrating, and whether host '{peer}' has it only that host can tell",
-            f"bring the agent of '{peer}' back; or, if the guest neither runs nor will run there: '{command} {word}'",
+            f"bring the agent of '{peer}' back; if the guest never will run there: '{command} --here'{or_there}",
         )
     if transfer.state is State.OVERRULED:
         return TransferError(

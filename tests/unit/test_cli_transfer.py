@@ -80,7 +80,8 @@ def test_one_guest_is_shown(layout: Layout) -> None:
     Journal(layout).begin(OFFERED)
     said = call(layout, "show", UUID).output
     assert "to beta (127.0.0.1:1), offered since" in said
-    assert said.endswith("the guest can be started here if the peer says so\n")
+    assert "the guest can be started here if the peer says so\n" in said
+    assert said.endswith(f"there: 'swtpm-prop transfer resolve {UUID} --here'\n")
     shown = json.loads(call(layout, "show", UUID, "--json").output)
     assert shown["start"] == "ask-then-refuse"
     assert [(t["id"], t["open"]) for t in shown["transfers"]] == [("a" * 32, True)]
@@ -105,8 +106,8 @@ def test_one_that_is_not_defined_here_goes_by_its_uuid_only(layout: Layout) -> N
 
 def test_the_operator_decides_what_no_host_can(layout: Layout) -> None:
     Journal(layout).begin(OFFERED)
-    unsaid = call(layout, "resolve", UUID).exception
-    assert isinstance(unsaid, UsageError)
+    for unsaid in ([], ["--here", "--there"]):
+        assert isinstance(call(layout, "resolve", UUID, *unsaid).exception, UsageError)
     done = call(layout, "resolve", UUID, "--here")
     assert done.exit_code == 0, done.output
     assert done.output.splitlines()[-1] == "the guest may be started here"
