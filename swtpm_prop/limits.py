@@ -223,6 +223,9 @@ AGENT_PEERS_WAITING = 64
 SETTLE_SECONDS = 15
 """How often the agent looks at transfers that nobody has decided yet."""
 
+PRUNE_ROUNDS = 24 * 60 * 60 // SETTLE_SECONDS
+"""After how many such looks it takes finished transfers too, to forget old ones: once a day."""
+
 AGENT_SETTLERS = 8
 """For how many guests the agent asks peers at a time; each that does not answer takes a few seconds."""
 
@@ -289,7 +292,7 @@ JOURNAL_BYTES = 65536
 """Largest file of a transfer; with a key and two recovery keys it has 3 kB."""
 
 JOURNAL_DAYS = 30
-"""How long a finished transfer is remembered, for people who look what happened."""
+"""How long a finished transfer is remembered, for people who look what happened; a day more or less."""
 
 JOURNAL_LOCK_SECONDS = 10
 """Longest to wait for another process at the same guest's transfers; it writes files and may use the TPM once."""

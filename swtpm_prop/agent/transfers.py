@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterable
@@ -11,7 +12,7 @@ from contextlib import suppress
 from swtpm_prop.agent.guests import Happening
 from swtpm_prop.agent.metrics import Counts
 from swtpm_prop.errors import Error
-from swtpm_prop.limits import AGENT_SETTLERS, SETTLE_SECONDS
+from swtpm_prop.limits import AGENT_SETTLERS, PRUNE_ROUNDS, SETTLE_SECONDS
 from swtpm_prop.transfer.settle import Settler
 
 _log = logging.getLogger(__name__)
@@ -34,13 +35,13 @@ class Transfers:
         self._pool = ThreadPoolExecutor(AGENT_SETTLERS, "settle")
         self._lock = threading.Lock()
         self._at_work: dict[str, bool] = {}  # guest: whether it has to be looked at once more
-        self._tries: dict[str, int] = {}  # guest: how often in a row nothing came of it
+        self._delays: dict[str, int] = {}  # guest of which nothing came yet: how long to wait next
 
     def note(self, happening: Happening) -> None:
         """Write down what libvirt saw, then have it settled."""
         self._try(happening.uuid, lambda: self._settler.observe(happening.uuid, happening.event, at=happening.at))
         with self._lock:
-            self._tries.pop(happening.uuid, None)
+            self._delays.pop(happening.uuid, None)
         if self._open(happening.uuid):
             self.wake(happening.uuid)
 
@@ -54,10 +55,10 @@ class Transfers:
                 self._pool.submit(self._settle, uuid)
 
     def run(self, stopped: threading.Event) -> None:
-        """Settle what is open now and every while, until stopped."""
-        while True:
+        """Settle what is open now and every while, until stopped; what is finished now and seldom, to forget it."""
+        for number in itertools.count():
             for uuid in self._guests():
-                if self._open(uuid):
+                if number % PRUNE_ROUNDS == 0 or self._open(uuid):
                     self.wake(uuid)
             if stopped.wait(SETTLE_SECONDS):
                 return
@@ -93,12 +94,11 @@ class Transfers:
     def _retry(self, uuid: str) -> None:
         """Most that is open is so for moments: the peer's libvirt is still taking the guest down."""
         with self._lock:
-            tries = self._tries.get(uuid, 0)
-            self._tries[uuid] = tries + 1
-        delay = float(2**tries)
+            delay = self._delays.get(uuid, 1)
+            self._delays[uuid] = min(2 * delay, SETTLE_SECONDS)
         if not self._open(uuid):
             with self._lock:
-                self._tries.pop(uuid, None)
+                self._delays.pop(uuid, None)
         elif delay < SETTLE_SECONDS:
             timer = threading.Timer(delay, self.wake, (uuid,))
             timer.daemon = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,16 +32,12 @@ class Peer:
     def __init__(self) -> None:
         self.words: list[State | None] = [State.CLOSED]
         self.asked: list[str] = []
-        self.at_once = self.most_at_once = 0
-        self.delay = 0.0
+        self.meet: Callable[[str], None] = lambda uuid: None
         self.broken = False
 
     def report(self, transfer: Transfer, report: Report) -> Report:
         self.asked.append(transfer.uuid)
-        self.at_once += 1
-        self.most_at_once = max(self.most_at_once, self.at_once)
-        time.sleep(self.delay)
-        self.at_once -= 1
+        self.meet(transfer.uuid)
         if self.broken:
             raise ZeroDivisionError
         word = self.words.pop(0) if len(self.words) > 1 else self.words[0]
@@ -107,11 +103,47 @@ def test_what_is_open_is_tried_again_soon(agent: Transfers, journal: Journal, pe
     assert len(peer.asked) == 3
 
 
+def test_what_is_open_for_hours_is_tried_on(agent: Transfers, journal: Journal) -> None:
+    journal.begin(OFFERED)
+    for _ in range(1100):
+        agent._retry(UUID)
+    agent.wake(UUID)
+    assert eventually(lambda: state(journal) is State.CLOSED, 10)
+    assert eventually(lambda: agent._delays == {})
+
+
+def test_what_was_finished_long_ago_is_forgotten_in_some_rounds(
+    agent: Transfers, journal: Journal, tmp_path: Path, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfers, "SETTLE_SECONDS", 0.01)
+    monkeypatch.setattr(transfers, "PRUNE_ROUNDS", 3)
+    finished = OFFERED._replace(state=State.CLOSED)
+    long_ago = Journal(Layout(tmp_path), lambda: 0.0)
+    rounds: list[str] = []
+    guests = journal.guests
+    monkeypatch.setattr(journal, "guests", lambda: rounds.append("round") or guests())
+    settle = agent._settler.settle
+    monkeypatch.setattr(agent._settler, "settle", lambda uuid: rounds.append("settle") or settle(uuid))
+    journal.begin(finished)
+    long_ago.begin(finished._replace(id="b" * 32, uuid=OTHER))
+    stopped = threading.Event()
+    running = threading.Thread(target=agent.run, args=(stopped,), daemon=True)
+    running.start()
+    assert eventually(lambda: journal.of(OTHER) == [], 10)
+    long_ago.begin(finished._replace(id="c" * 32, uuid=OTHER))
+    assert eventually(lambda: journal.of(OTHER) == [], 10)
+    stopped.set()
+    running.join()
+    assert state(journal) is State.CLOSED
+    assert peer.asked == []
+    assert rounds.count("settle") <= 2 * (rounds.count("round") // 3 + 1)
+
+
 def test_what_is_open_at_the_start_is_settled(agent: Transfers, journal: Journal) -> None:
     journal.begin(OFFERED)
     journal.begin(OFFERED._replace(id="b" * 32, uuid=OTHER))
     stopped = threading.Event()
-    running = threading.Thread(target=agent.run, args=(stopped,))
+    running = threading.Thread(target=agent.run, args=(stopped,), daemon=True)
     running.start()
     assert eventually(lambda: {state(journal), state(journal, OTHER)} == {State.CLOSED}, 10)
     stopped.set()
@@ -119,17 +151,26 @@ def test_what_is_open_at_the_start_is_settled(agent: Transfers, journal: Journal
 
 
 def test_each_guest_is_settled_by_one_thread_and_several_guests_at_once(
-    agent: Transfers, journal: Journal, peer: Peer
+    agent: Transfers, journal: Journal, peer: Peer, counts: Counts
 ) -> None:
-    peer.delay = 0.1
-    peer.words = [None]
     uuids = [UUID[:-1] + digit for digit in "123456"]
+    all_there, alone = threading.Barrier(len(uuids)), {uuid: threading.Lock() for uuid in uuids}
+    met: list[str] = []
+
+    def meet(uuid: str) -> None:
+        assert alone[uuid].acquire(blocking=False)
+        # Nobody gets on before the others are here too.
+        all_there.wait(30)
+        met.append(uuid)
+        alone[uuid].release()
+
+    peer.meet, peer.words = meet, [None]
     for number, uuid in enumerate(uuids):
         journal.begin(OFFERED._replace(id=f"{number:032x}", uuid=uuid))
         for _ in range(5):
             agent.wake(uuid)
-    assert eventually(lambda: len(peer.asked) >= 2 * len(uuids), 10)
-    assert peer.most_at_once == len(uuids)
+    assert eventually(lambda: len(met) >= 2 * len(uuids), 30)
+    assert counts.samples("failures") == []
 
 
 def test_a_damaged_journal_is_counted_and_stops_nobody_else(
