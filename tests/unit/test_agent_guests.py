@@ -110,6 +110,23 @@ def test_a_guest_is_busy_while_libvirt_is_at_work_on_it(domain: libvirt.virDomai
     assert guests.busy(OTHER)
 
 
+@pytest.mark.parametrize("code", ["NO_CONNECT", "RPC", "OPERATION_TIMEOUT", "INTERNAL_ERROR", "OPERATION_INVALID"])
+def test_a_guest_is_busy_while_libvirt_cannot_tell(
+    domain: libvirt.virDomain, guests: Guests, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    """A source that counted as running the guest then would take a migration for one that came to nothing."""
+
+    def fail(domain: libvirt.virDomain) -> None:
+        error = libvirt.libvirtError("as when libvirtd ends in between")
+        error.err = (getattr(libvirt, f"VIR_ERR_{code}"), libvirt.VIR_FROM_RPC, "", libvirt.VIR_ERR_ERROR)
+        raise error
+
+    monkeypatch.setattr(libvirt.virDomain, "jobInfo", fail)
+    assert guests.busy(domain.UUIDString())
+    # and is stamped later, unless it has ended
+    assert guests.stamp(domain.UUIDString(), to_xml(STAMP)) is (code == "OPERATION_INVALID")
+
+
 @pytest.mark.parametrize("uuid", [None, OTHER], ids=["in custody nowhere", "not here"])
 def test_no_guest_leaves_that_does_not_say_so(domain: libvirt.virDomain, guests: Guests, uuid: str | None) -> None:
     with pytest.raises(TransferError) as refused:
