@@ -117,8 +117,10 @@ def expected(held: Iterable[int] = (), broken: Iterable[int] = ()) -> States:
 
 
 def run_directories(host: Host) -> list[str]:
-    """What lies in the directory of what guests need for one start."""
-    return sorted(path.name for path in (host.root / "run/swtpm-prop").iterdir() if path.is_dir())
+    """What lies in the directory of what guests need for one start, and of keys on their way from hook to hook."""
+    run, arriving = at(host, Layout().run), at(host, Layout().arriving)
+    guests = [path.name for path in run.iterdir() if path.is_dir() and path != arriving]
+    return sorted([*guests, *(path.name for path in arriving.glob("*"))])
 
 
 def at(host: Host, path: Path) -> Path:
