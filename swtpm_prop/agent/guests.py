@@ -1,7 +1,7 @@
 """Which guests run here, told by libvirt's events; and the stamp in their live metadata that says where.
 
-What peers ask is answered from what the events said: a call to libvirt would wait for a guest whose hook is at work,
-and that hook may just be waiting for us.
+Where a guest is we know from what the events said: a call to libvirt would wait for a guest whose hook is at work, and
+that hook may just be waiting for us. libvirt is asked only about a guest that runs here, by what they said.
 """
 
 from __future__ import annotations
