@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from swtpm_prop import durable
 from swtpm_prop.attest import certificates, enrolment, wire
 from swtpm_prop.attest.certificates import Authority, Revocation
 from swtpm_prop.attest.enrolment import Admission, Applicant, Request
-from swtpm_prop.custody import durable
 from swtpm_prop.errors import AttestError, UsageError
 from swtpm_prop.limits import FLEET_CERTIFICATE_BYTES, FLEET_RECORD_BYTES, KEY_BYTES, REVOCATIONS_BYTES
 from swtpm_prop.trust import keys, strict_json

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from swtpm_prop import durable
 from swtpm_prop.attest import certificates, enrolment
 from swtpm_prop.attest.certificates import Kind
 from swtpm_prop.attest.enrolment import Membership
-from swtpm_prop.custody import durable, tss2
+from swtpm_prop.custody import tss2
 from swtpm_prop.custody.hardware import PARENT_HANDLE, Hardware
 from swtpm_prop.custody.objects import Sealed
 from swtpm_prop.custody.tss2 import KeyFile

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import click
 
-from swtpm_prop import host_config
+from swtpm_prop import durable, host_config
 from swtpm_prop.attest import report
 from swtpm_prop.cli import host_events, output
 from swtpm_prop.cli.host_tpm import event_log_option, read_event_log, tpm
 from swtpm_prop.cli.install import root_option
-from swtpm_prop.custody import approvals, durable
+from swtpm_prop.custody import approvals
 from swtpm_prop.custody.approvals import ApprovalList, Difference
 from swtpm_prop.errors import Error, HostError, TrustError, printable
 from swtpm_prop.layout import Layout

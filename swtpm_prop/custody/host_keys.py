@@ -9,7 +9,8 @@ from tpm2_pytss import ESAPI, TSS2_Exception
 from tpm2_pytss.constants import ESYS_TR
 from tpm2_pytss.types import TPM2B_PRIVATE, TPM2B_PUBLIC
 
-from swtpm_prop.custody import durable, refusals, tss2
+from swtpm_prop import durable
+from swtpm_prop.custody import refusals, tss2
 from swtpm_prop.custody.hardware import AK_HANDLE, PARENT_HANDLE
 from swtpm_prop.custody.objects import Sealed
 from swtpm_prop.custody.tss2 import OWNER, KeyFile

@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from swtpm_prop.custody import durable, recovery
+from swtpm_prop import durable
+from swtpm_prop.custody import recovery
 from swtpm_prop.custody.objects import Sealed
 from swtpm_prop.custody.recovery import Wrap
 from swtpm_prop.errors import HostError, TrustError

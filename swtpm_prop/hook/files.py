@@ -29,14 +29,6 @@ def write_new(path: Path, content: bytes, owner: Account, mode: int) -> None:
         os.fchmod(descriptor, mode)
 
 
-def replace(path: Path, content: bytes, owner: Account, mode: int) -> None:
-    """Write a file beside ``path``, then put it in its place."""
-    new = path.with_name(f".{path.name}.new")
-    new.unlink(missing_ok=True)
-    write_new(new, content, owner, mode)
-    new.replace(path)
-
-
 def write_directory(path: Path, files: dict[str, bytes], owner: Account) -> None:
     """Put a directory (0750) with ``files`` (0640) in the place of ``path``; its name appears when all are there."""
     new = path.with_name(f".{path.name}.new")

@@ -7,6 +7,7 @@ import os
 import time
 from pathlib import Path
 
+from swtpm_prop import durable
 from swtpm_prop.account import Account, swtpm_account
 from swtpm_prop.domain.identity import Identity
 from swtpm_prop.domain.log import ended_inactive
@@ -97,7 +98,8 @@ def _write(uuid: str, banks: str, layer: bytes, key: bytes | None, account: Acco
         readable = Account(os.geteuid(), account.gid)
         files.write_directory(run, {"layer.json": layer, "pcr-banks": marker, **_keys(key)}, readable)
         files.rotate_log(layout.guest_log(uuid), account)
-        files.replace(layout.guest_marker(uuid), marker, Account(os.geteuid(), os.getegid()), 0o644)
+        if _marked(uuid, layout) != banks:
+            durable.replace(layout.guest_marker(uuid), marker, 0o644)
     except BaseException:
         files.discard(run)
         raise

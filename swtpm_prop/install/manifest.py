@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from swtpm_prop import durable
 from swtpm_prop.errors import HostError
-from swtpm_prop.install import tree
 from swtpm_prop.layout import Layout
 
 VERSION = 1
@@ -45,7 +45,7 @@ class Manifest:
     def save(self, layout: Layout) -> None:
         """Replace the manifest atomically."""
         text = json.dumps({"version": VERSION, **asdict(self)}, indent=2) + "\n"
-        tree.write(path_of(layout), text.encode(), 0o644)
+        durable.replace(path_of(layout), text.encode(), 0o644)
 
 
 def path_of(layout: Layout) -> Path:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, suppress
 from copy import deepcopy
 from pathlib import Path, PurePosixPath
 
-from swtpm_prop import __version__
+from swtpm_prop import __version__, durable
 from swtpm_prop.custody.form import Form, form
 from swtpm_prop.errors import HostError
 from swtpm_prop.install import manifest, tree
@@ -132,8 +132,8 @@ def _undo_write(path: Path, undo: ExitStack) -> None:
     if before is None:
         undo.callback(path.unlink, missing_ok=True)
     else:
-        undo.callback(tree.write, path, before, tree.mode(path))
-    undo.callback(tree.leftover(path).unlink, missing_ok=True)
+        undo.callback(durable.replace, path, before, tree.mode(path))
+    undo.callback(durable.leftover(path).unlink, missing_ok=True)
 
 
 def _put(layout: Layout, piece: File | Block, undo: ExitStack) -> list[Done]:
@@ -145,7 +145,7 @@ def _put(layout: Layout, piece: File | Block, undo: ExitStack) -> list[Done]:
     if isinstance(piece, Block):
         tree.set_block(path, piece.content)
         return [("put a block into", str(piece.path))]
-    tree.write(path, piece.content, piece.mode)
+    durable.replace(path, piece.content, piece.mode)
     return [("wrote" if before is None else "replaced", str(piece.path))]
 
 
@@ -238,7 +238,7 @@ def _take(layout: Layout, path: str, listed: Manifest, undo: ExitStack) -> list[
     blocks = path in listed.blocks
     hashes = (listed.blocks if blocks else listed.files)[path]
     content = tree.block(place) if blocks else _regular(place)
-    tree.leftover(place).unlink(missing_ok=True)
+    durable.leftover(place).unlink(missing_ok=True)
     if content is None:
         return []
     if tree.sha256(content) not in hashes:
@@ -278,7 +278,7 @@ def _remove_record(layout: Layout, listed: Manifest | None) -> list[Done]:
     holders = [path for path in made if path in record.parents]
     done = _remove_empty(layout, [*own, *(path for path in made if path not in holders)])
     record.unlink(missing_ok=True)
-    tree.leftover(record).unlink(missing_ok=True)
+    durable.leftover(record).unlink(missing_ok=True)
     return done + _remove_empty(layout, [layout.state, *holders])
 
 

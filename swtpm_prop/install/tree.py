@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import stat
 from pathlib import Path
 
+from swtpm_prop import durable
 from swtpm_prop.errors import HostError
 from swtpm_prop.install.plan import Block, File, find_block
-
-
-def write(path: Path, content: bytes, mode: int) -> None:
-    """Replace ``path`` by a file of root with ``content``; after a crash it holds the old or the new content, whole."""
-    new = leftover(path)
-    with contextlib.suppress(FileNotFoundError):
-        new.unlink()
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fchmod(file.fileno(), mode)
-        os.fsync(file.fileno())
-    new.replace(path)
-
-
-def leftover(path: Path) -> Path:
-    """The name a file has until it is whole; a killed installation may leave it behind, the next one clears it."""
-    return path.with_name(f".{path.name}.swtpm-prop-new")
 
 
 def sha256(content: bytes) -> str:
@@ -73,7 +53,7 @@ def set_block(path: Path, content: bytes) -> None:
     text = read(path)
     start, end = find_block(text or b"") or (0, 0)
     old = text or b""
-    write(path, old[:start] + content + old[end:], 0o644 if text is None else mode(path))
+    durable.replace(path, old[:start] + content + old[end:], 0o644 if text is None else mode(path))
 
 
 def at(root: Path, path: object) -> Path:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from swtpm_prop.custody import durable, locks
+from swtpm_prop import durable
+from swtpm_prop.custody import locks
 from swtpm_prop.errors import TransferError, TrustError
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import JOURNAL_BYTES, JOURNAL_DAYS, JOURNAL_LOCK_SECONDS

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from swtpm_prop import durable
 from swtpm_prop.errors import StoreError, TrustError
 
 
@@ -45,16 +45,7 @@ def write_file(path: Path, data: bytes) -> None:
         TrustError: ``trust.file-unwritable``.
     """
     try:
-        descriptor, new = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fchmod(file.fileno(), 0o644)
-                os.fsync(file.fileno())
-            Path(new).replace(path)
-        finally:
-            Path(new).unlink(missing_ok=True)
+        durable.replace(path, data, 0o644)
     except (OSError, ValueError) as error:
         raise TrustError(
             "trust.file-unwritable",

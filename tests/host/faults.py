@@ -40,7 +40,7 @@ def write(path: Path, data: bytes) -> None:
             line.sendall(f"{{trap.name}} {{os.getpid()}}\\n".encode())
             line.recv(1)
 """
-"""Appended to custody.durable, through which every state goes."""
+"""Appended to durable, through which every state goes."""
 
 IMPATIENT = """
 # -- the laboratory's
@@ -67,7 +67,7 @@ class Faults:
         copy = f"/var/lib/lab-product-{host.name}"
         host.run(["cp", "-a", package, copy])
         trap = TRAP.format(directory=DIRECTORY, socket=SOCKET)
-        for module, text in (("custody/durable.py", trap), ("limits.py", IMPATIENT)):
+        for module, text in (("durable.py", trap), ("limits.py", IMPATIENT)):
             file = at(host, Path(copy) / module)
             file.write_text(file.read_text() + text)
         host.run(["mount", "--bind", copy, package])

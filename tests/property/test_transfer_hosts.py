@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from transfers import BLOB, UUID, Clock, Network, SimulatedHost, arrival
 
-from swtpm_prop.custody import durable
+from swtpm_prop import durable
 from swtpm_prop.errors import TransferError
 from swtpm_prop.transfer import machine
 from swtpm_prop.transfer.journal import Transfer

@@ -16,8 +16,9 @@ from tpm2_pytss import ESAPI
 from tpm2_pytss.tsskey import TSSPrivKey
 from tpm2_pytss.types import TPM2B_PUBLIC, TPML_PCR_SELECTION
 
+from swtpm_prop import durable
 from swtpm_prop.attest import structures, tpm_keys
-from swtpm_prop.custody import durable, tss2
+from swtpm_prop.custody import tss2
 from swtpm_prop.custody.host_keys import AK, PARENT, HostKey
 from swtpm_prop.custody.objects import ImportBlob, Sealed
 from swtpm_prop.custody.tss2 import OWNER, KeyFile

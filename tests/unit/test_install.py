@@ -349,7 +349,7 @@ def interrupt(action: object, number: int, how: object) -> int:
 
     def watch(event: str, args: tuple[object, ...]) -> None:
         nonlocal seen
-        if event in CHANGES or (event == "open" and "swtpm-prop-new" in str(args[0])):
+        if event in CHANGES or (event == "open" and str(args[0]).endswith(".new")):
             seen += 1
             if seen == number:
                 how()  # type: ignore[operator]
@@ -390,7 +390,7 @@ def test_killed_between_any_two_changes_it_can_be_repeated_and_taken_out(root: P
         finished[0] = interrupt(lambda: steps.install(layout, HOST), number, kill) == 0
         if mend == "repeat":
             steps.install(layout, HOST)
-            assert not list(root.rglob("*swtpm-prop-new"))
+            assert not list(root.rglob("*.new"))
             steps.uninstall(layout, purge=False)
         elif layout.state.exists():
             steps.uninstall(layout, purge=False)

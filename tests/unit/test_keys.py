@@ -15,7 +15,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swtpm_prop.custody import durable, keys, recovery
+from swtpm_prop import durable
+from swtpm_prop.custody import keys, recovery
 from swtpm_prop.custody.keys import KeyRecord
 from swtpm_prop.custody.objects import Sealed
 from swtpm_prop.custody.recovery import Wrap

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transfers import UUID, Clock
 
-from swtpm_prop.custody import durable
+from swtpm_prop import durable
 from swtpm_prop.errors import TransferError
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import JOURNAL_DAYS

@@ -1,4 +1,4 @@
-"""Files that must be there, or be gone, even if the power fails at the next moment; for root alone."""
+"""Files that must be there, whole, or be gone, even if the power fails at the next moment."""
 
 from __future__ import annotations
 
@@ -8,13 +8,22 @@ from pathlib import Path
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write the file (0600), whole or not at all; its directory (0700) is made if need be.
+    """Write a file for root alone (0600); its directory (0700) is made if need be.
 
     Raises:
         OSError: nothing has changed then.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
+    replace(path, data, 0o600)
+
+
+def replace(path: Path, data: bytes, mode: int) -> None:
+    """Put a new file in the place of ``path``, whole or not at all.
+
+    Raises:
+        OSError: nothing has changed then.
+    """
+    new = leftover(path)
     with suppress(FileNotFoundError):
         new.unlink()
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -22,12 +31,18 @@ def write(path: Path, data: bytes) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
+            os.fchmod(descriptor, mode)
             os.fsync(descriptor)
         new.rename(path)
     except BaseException:
         new.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def leftover(path: Path) -> Path:
+    """The name a file has until it is whole; who is killed may leave it behind, the next one clears it."""
+    return path.with_name(f".{path.name}.new")
 
 
 def remove(path: Path) -> None:
