@@ -237,6 +237,7 @@ class Guests:
             if connection.getType() == "QEMU":
                 connection.setKeepAlive(LIBVIRT_PROBE_SECONDS, LIBVIRT_PROBES)
             connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle, None)
+            looked = time.time()
             listed, defined = _listed(connection), _defined(connection)
         except libvirt.libvirtError:
             _close(connection)
@@ -246,7 +247,8 @@ class Guests:
             self._presence, self._defined = listed | self._presence, defined | self._defined
             self._connection = connection
             for uuid in [uuid for uuid, presence in self._presence.items() if presence is Presence.RUNS]:
-                self._tell(Happening(uuid, Event.RUNS, time.time()))
+                # It may have left since: what began after the look is not its business.
+                self._tell(Happening(uuid, Event.RUNS, looked))
         return connection
 
     def _lifecycle(self, _: object, domain: libvirt.virDomain, event: int, detail: int, __: object) -> None:
