@@ -16,11 +16,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
 
 from swtpm_prop.cli.key import command
+from swtpm_prop.cli.main import cli
 from swtpm_prop.custody import keys, opening, state
 from swtpm_prop.custody.form import PERMANENT, Form, form
 from swtpm_prop.errors import Error
 from swtpm_prop.layout import Layout
-from swtpm_prop.transfer.journal import Journal
+from swtpm_prop.transfer.journal import Journal, Transfer
+from swtpm_prop.transfer.machine import Side, State
 from tests.custodian import (
     APPROVED,
     OTHER,
@@ -260,6 +262,20 @@ def test_a_backup_and_the_recovery_key_start_the_guest_on_another_host(
     assert second.layout.state_key(UUID).read_text() == lost.hex()
     assert key_of(second.layout) == lost
     assert refused(second, "recover", UUID, "--key", recovery_key) == "custody.key-present"
+
+
+@pytest.mark.parametrize("left", [State.RELEASED, State.MOVED])
+def test_a_guest_comes_back_from_a_lost_host_to_one_it_has_been_on(
+    host: CustodyHost, recovery_key: Path, capsys: pytest.CaptureFixture[str], left: State
+) -> None:
+    keys.destroy(UUID, host.layout)
+    Journal(host.layout).begin(Transfer("00" * 16, Side.SOURCE, left, UUID, 0, "lost", "127.0.0.1:1"))
+    assert call(host, "recover", UUID, "--key", recovery_key).exit_code == 0
+    assert host.hook("prepare", domain()) == 1
+    assert "[transfer." in capsys.readouterr().err
+    done = CliRunner().invoke(cli, ["transfer", "resolve", UUID, "--here"], obj=host.layout)
+    assert done.exit_code == 0, done.output
+    assert host.hook("prepare", domain()) == 0
 
 
 def test_on_the_same_host_after_its_record_or_its_tpm_was_lost(
