@@ -15,6 +15,7 @@ import click
 import libvirt
 import pytest
 from click.testing import CliRunner, Result
+from testdriver import URI, defined
 
 from swtpm_prop.cli import domain as domain_cli
 from swtpm_prop.cli.domain import command
@@ -33,7 +34,6 @@ from swtpm_prop.trust.certificate import format_time
 DATA = Path(__file__).parent.parent / "data"
 EVENT_LOG = DATA / "ovmf-uki.eventlog"
 IMA_LOG = DATA / "ima-ng.imalog"
-URI = "test:///default"
 UUID = "aaaaaaaa-0000-4000-8000-000000000001"
 BOOT = "https://example.org/properties/boot"
 BANK = Bank(SHA384, frozenset({*range(10), 11, 12, 13, 14}), True, (BOOT,))
@@ -46,14 +46,9 @@ XML = f"""
 
 @pytest.fixture
 def guest() -> Iterator[libvirt.virDomain]:
-    """A guest named g; the test driver keeps it as long as this connection is open."""
-    connection = libvirt.open(URI)
-    domain = connection.defineXML(XML % "g")
-    yield domain
-    if domain.isActive():
-        domain.destroy()
-    domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE)
-    connection.close()
+    """A guest named g."""
+    with defined(XML % "g") as domain:
+        yield domain
 
 
 def call(*argv: str, layout: Layout | None = None) -> Result:

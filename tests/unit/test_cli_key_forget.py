@@ -13,6 +13,7 @@ import libvirt
 import pytest
 from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.asymmetric import ec
+from testdriver import URI, defined
 
 from swtpm_prop.cli.key import command
 from swtpm_prop.custody import keys
@@ -24,7 +25,6 @@ from swtpm_prop.layout import Layout
 from swtpm_prop.transfer.journal import Journal, Transfer
 from swtpm_prop.transfer.machine import Side, State
 
-URI = "test:///default"
 UUID = "0b7a4d6e-8f5c-4a2b-9c3d-1e2f3a4b5c6d"
 OTHER = UUID.replace("0b7", "1b7")
 XML = f"<domain type='test'><name>g</name><uuid>{UUID}</uuid><memory>1024</memory><os><type>hvm</type></os></domain>"
@@ -42,15 +42,9 @@ def layout(tmp_path: Path) -> Layout:
 
 @pytest.fixture
 def guest() -> Iterator[libvirt.virDomain]:
-    """A guest named g that libvirt has; the test driver keeps it as long as this connection is open."""
-    connection = libvirt.open(URI)
-    domain = connection.defineXML(XML)
-    yield domain
-    for left in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
-        left.destroy()
-    for left in connection.listAllDomains():
-        left.undefine()
-    connection.close()
+    """A guest named g that libvirt has."""
+    with defined(XML) as domain:
+        yield domain
 
 
 def call(layout: Layout, *argv: str, uri: str = URI, typed: str = "") -> Result:

@@ -10,6 +10,7 @@ from pathlib import Path
 import libvirt
 import pytest
 from click.testing import CliRunner, Result
+from testdriver import URI, defined
 
 from swtpm_prop.cli.main import cli
 from swtpm_prop.cli.transfer import GATES, MEANING
@@ -21,18 +22,14 @@ from swtpm_prop.transfer.machine import TABLE, Gate, Side, State
 
 UUID = "0b7a4d6e-8f5c-4a2b-9c3d-1e2f3a4b5c6d"
 OFFERED = Transfer("a" * 32, Side.SOURCE, State.OFFERED, UUID, 3, "beta", "127.0.0.1:1")
-URI = "test:///default"
 XML = f"<domain type='test'><name>g</name><uuid>{UUID}</uuid><memory>1024</memory><os><type>hvm</type></os></domain>"
 
 
 @pytest.fixture
 def guest() -> Iterator[libvirt.virDomain]:
-    """A guest named g; the test driver keeps it as long as this connection is open."""
-    connection = libvirt.open(URI)
-    domain = connection.defineXML(XML)
-    yield domain
-    domain.undefine()
-    connection.close()
+    """A guest named g."""
+    with defined(XML) as domain:
+        yield domain
 
 
 @pytest.fixture

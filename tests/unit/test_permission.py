@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import libvirt
 import pytest
 from click.testing import CliRunner
+from testdriver import URI, defined
 
 from swtpm_prop.cli.domain import command
 from swtpm_prop.domain.metadata import NAMESPACE, PREFIX, Vtpm, parse_domain, to_xml
@@ -15,7 +16,6 @@ from swtpm_prop.domain.permission import not_allowed
 from swtpm_prop.tpm.algorithms import SHA256, SHA384
 from swtpm_prop.translate.policy import Bank
 
-URI = "test:///default"
 APPROVED = "https://example.org/hosts/approved?a&b='c'"
 PLAIN = Bank(SHA384, frozenset({*range(10), 11, 12, 13, 14}), True, ("https://example.org/properties/boot",))
 ODD = Bank(SHA256, frozenset({0, 4, 7}), False, ("https://example.org/a", "https://example.org/b;c"))
@@ -28,11 +28,8 @@ XML = """
 
 @pytest.fixture
 def guest() -> Iterator[libvirt.virDomain]:
-    connection = libvirt.open(URI)
-    domain = connection.defineXML(XML)
-    yield domain
-    domain.undefine()
-    connection.close()
+    with defined(XML) as domain:
+        yield domain
 
 
 @pytest.mark.parametrize("bank", [PLAIN, ODD], ids=["as usual", "of its own"])
