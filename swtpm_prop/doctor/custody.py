@@ -134,7 +134,8 @@ def _judge(patient: Patient, property: str, guests: list[str]) -> Finding:
 def recovery(patient: Patient) -> Iterator[Finding]:
     """When this host burns down, its guests' keys burn with it, unless there is a recovery key."""
     if concerned(patient) and not host_config.load(patient.layout.host).custody.recovery:
-        mend = f"name public keys in [custody] recovery of {patient.layout.host}, then key rebind GUEST for each guest"
+        where = f"[custody] recovery of {patient.layout.host}"
+        mend = f"name public keys in {where}, then 'swtpm-prop key rebind GUEST' for each that 'key show' lists"
         yield warning("custody.no-recovery", "no recovery key is named: a guest's key is lost with this host", mend)
 
 
