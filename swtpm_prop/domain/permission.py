@@ -7,6 +7,7 @@ import shlex
 from swtpm_prop.domain.metadata import Vtpm
 from swtpm_prop.domain.pcrs import format_pcrs
 from swtpm_prop.errors import TransferError
+from swtpm_prop.limits import REFUSAL_CHARS
 
 
 def not_allowed(name: str, vtpm: Vtpm | None) -> TransferError:
@@ -16,7 +17,9 @@ def not_allowed(name: str, vtpm: Vtpm | None) -> TransferError:
         name: the guest's.
         vtpm: what its metadata ask for, as it runs; None: nothing.
     """
-    how = allowing(name, vtpm) if vtpm is None or len(vtpm.banks) == 1 else _BY_HAND.format(shlex.quote(name))
+    how = allowing(name, vtpm)
+    if len(how) > REFUSAL_CHARS // 2 or (vtpm and len(vtpm.banks) > 1):
+        how = _BY_HAND.format(shlex.quote(name))
     return TransferError(
         "migration.not-allowed",
         "the metadata of the guest, as it runs, do not let its key go to another host",
@@ -25,7 +28,8 @@ def not_allowed(name: str, vtpm: Vtpm | None) -> TransferError:
 
 
 _BY_HAND = 'virsh edit {}, and put a <migration allow="attested"/> of our namespace behind <custody>'
-"""`domain enable` writes one bank; who has several wrote them himself."""
+"""`domain enable` writes one bank; and a command that is cut short on its way to a person would ask for something else:
+libvirt cuts long messages (VIR_ERROR_MAX_LENGTH, src/util/virerror.h)."""
 
 
 def allowing(name: str, vtpm: Vtpm | None) -> str:

@@ -49,7 +49,9 @@ def test_the_command_of_the_message_lets_the_guest_move(guest: libvirt.virDomain
 
 
 def test_where_a_command_would_lose_something_none_is_told() -> None:
-    assert "virsh edit web" in not_allowed("web", Vtpm((PLAIN, ODD), APPROVED)).mend
+    many = PLAIN._replace(properties=tuple(f"https://example.org/properties/{number}" for number in range(9)))
+    for banks in ((PLAIN, ODD), (many,)):
+        assert "virsh edit web" in not_allowed("web", Vtpm(banks, APPROVED)).mend
     # Nothing is known of what it should have: whoever reads it has to say.
     for vtpm in (None, Vtpm((PLAIN,))):
         assert " --custody URI --migration attested" in not_allowed("web", vtpm).mend
