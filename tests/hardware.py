@@ -34,7 +34,7 @@ class HardwareTpm:
         self.lock = directory / "tpm.lock"
         self.keys = directory / "keys"
         self.address = address
-        self.port = _two_ports(address)
+        self.port = two_ports(address)
         self.tcti = f"swtpm:host={address},port={self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -136,8 +136,8 @@ def manufacture(tpm: HardwareTpm, authority: Path, banks: str = "sha256") -> Pat
     return bundle
 
 
-def _two_ports(address: str) -> int:
-    """A free port with a free one behind it: the library finds the control channel there.
+def two_ports(address: str = "127.0.0.1") -> int:
+    """A free port with a free one behind it, where TPM libraries look for the control channel.
 
     Below those that the kernel gives to connections (ip_local_port_range): one of them may be taken at any moment.
     """

@@ -62,8 +62,8 @@ class Agent:
         self._guests = Guests(uri, self._happenings.put, layout)
         self._settler = Settler(layout, self._journal, Eyes(self._presence, self._halt), self._speaker.report)
         self._transfers = Transfers(self._settler, self._counts)
-        self._stamp = to_xml(Stamp(self._config.reached_at(self.host), self.host))
-        self._stamper = Stamper(lambda uuid: self._guests.stamp(uuid, self._stamp), self._wants_stamp)
+        self._text = to_xml(Stamp(self._config.reached_at(self.host), self.host))
+        self._stamper = Stamper(self._stamp, self._wants_stamp)
 
     def run(self, stopped: threading.Event, ready: Callable[[], None], ending: Callable[[], None]) -> None:
         """Be the agent until stopped.
@@ -137,7 +137,13 @@ class Agent:
         self._guests.halt(uuid)
 
     def _wants_stamp(self, uuid: str) -> bool:
-        return self._layout.guest_key(uuid).exists() and self._guests.presence(uuid) is Presence.RUNS
+        # Of one that has just come, the key may become this host's later, by whoever settles its transfer then.
+        return self._guests.presence(uuid) is Presence.RUNS and (
+            self._transfers.open(uuid) or self._layout.guest_key(uuid).exists()
+        )
+
+    def _stamp(self, uuid: str) -> bool:
+        return self._layout.guest_key(uuid).exists() and self._guests.stamp(uuid, self._text)
 
     # -- what peers get ---------------------------------------------------------------------------
 

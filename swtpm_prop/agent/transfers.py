@@ -42,7 +42,7 @@ class Transfers:
         self._try(happening.uuid, lambda: self._settler.observe(happening.uuid, happening.event, at=happening.at))
         with self._lock:
             self._delays.pop(happening.uuid, None)
-        if self._open(happening.uuid):
+        if self.open(happening.uuid):
             self.wake(happening.uuid)
 
     def wake(self, uuid: str) -> None:
@@ -58,10 +58,18 @@ class Transfers:
         """Settle what is open now and every while, until stopped; what is finished now and seldom, to forget it."""
         for number in itertools.count():
             for uuid in self._guests():
-                if number % PRUNE_ROUNDS == 0 or self._open(uuid):
+                if number % PRUNE_ROUNDS == 0 or self.open(uuid):
                     self.wake(uuid)
             if stopped.wait(SETTLE_SECONDS):
                 return
+
+    def open(self, uuid: str) -> bool:
+        """Whether the guest has transfers that are not finished; False of a journal that cannot be read, and counted."""
+        try:
+            return any(transfer.unfinished for transfer in self._settler.journal.of(uuid))
+        except Error as error:
+            self._failed(uuid, error)
+            return False
 
     def finish(self) -> None:
         """Begin nothing more; what is under way may be cut off anywhere."""
@@ -96,7 +104,7 @@ class Transfers:
         with self._lock:
             delay = self._delays.get(uuid, 1)
             self._delays[uuid] = min(2 * delay, SETTLE_SECONDS)
-        if not self._open(uuid):
+        if not self.open(uuid):
             with self._lock:
                 self._delays.pop(uuid, None)
         elif delay < SETTLE_SECONDS:
@@ -106,13 +114,6 @@ class Transfers:
 
     def _states(self, uuid: str) -> set[str]:
         return {f"transfer {t.id} with {t.peer} is {t.state}" for t in self._settler.journal.of(uuid)}
-
-    def _open(self, uuid: str) -> bool:
-        try:
-            return any(transfer.unfinished for transfer in self._settler.journal.of(uuid))
-        except Error as error:
-            self._failed(uuid, error)
-            return False
 
     def _guests(self) -> Iterable[str]:
         try:

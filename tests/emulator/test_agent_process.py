@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 from fleet_ca import Ca
-from hardware import HardwareTpm
+from hardware import HardwareTpm, two_ports
 from members import PROPERTY, UUID, Authority, Member
 from waiting import eventually
 
@@ -58,7 +58,8 @@ class Agent:
         self.uri = f"test://{directory}/{member.name}.xml"
         (directory / f"{member.name}.xml").write_text(NODE.format(to_xml(TRAVELS)))
         self.log = directory / f"{member.name}.log"
-        self.port, self.metrics = _ports()
+        self.port = two_ports()
+        self.metrics = self.port + 1
         member.endpoint = f"127.0.0.1:{self.port}"
         with member.layout.host.open("a") as file:
             file.write(f'[agent]\nlisten = "{member.endpoint}"\nendpoint = "{member.endpoint}"\n')
@@ -92,11 +93,6 @@ class Agent:
     def page(self, path: str) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}{path}", timeout=5) as page:
             return page.read().decode()
-
-
-def _ports() -> tuple[int, int]:
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        return one.getsockname()[1], other.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +189,7 @@ def test_the_hook_finds_the_source_by_the_stamp(hosts: Hosts) -> None:
 
 def test_the_hook_finds_the_source_among_static_peers(hosts: Hosts) -> None:
     assert "[transfer.no-source]" in hook(hosts, xml(hosts, stamped=False))
-    closed, _ = _ports()
+    closed = two_ports()
     with hosts.b.layout.host.open("a") as file:
         file.write(f'[agent]\npeers = ["127.0.0.1:{closed}", "{hosts.b.endpoint}", "{hosts.a.endpoint}"]\n')
     assert hook(hosts, xml(hosts, stamped=False)) == ""
