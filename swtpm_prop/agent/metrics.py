@@ -71,6 +71,10 @@ def serve(listener: socket.socket, pages: Pages, stopped: threading.Event) -> No
             connection, _ = listener.accept()
         except TimeoutError:
             continue
+        except OSError:
+            # Out of descriptors or memory: the talks in hand end soon.
+            stopped.wait(0.1)
+            continue
         with connection:
             try:
                 _answer(connection, pages)

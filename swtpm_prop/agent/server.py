@@ -63,32 +63,45 @@ class Server:
             return len(self._talks)
 
     def _admit(self, peer: socket.socket, address: str) -> None:
-        # A second handle on the connection, to end it by: TLS takes the first one over.
-        handle = peer.dup()
-        thread = threading.Thread(target=self._serve, args=(peer, handle), name=f"peer {address}", daemon=True)
         with self._lock:
             share = Counter(address for _, address in self._talks.values())
             room = len(self._talks) < AGENT_PEERS and share[address] < AGENT_PEERS_EACH
-            if room:
-                self._talks[thread] = handle, address
-        self._counts.count("peers", outcome="admitted" if room else "turned away")
-        if room:
-            thread.start()
-        else:
-            handle.close()
+        try:
+            admitted = room and self._begin(peer, address)
+        except (OSError, RuntimeError):
+            # Out of descriptors or threads: as where there is no room.
+            admitted = False
+        self._counts.count("peers", outcome="admitted" if admitted else "turned away")
+        if not admitted:
             peer.close()
 
-    def _serve(self, peer: socket.socket, handle: socket.socket) -> None:
+    def _begin(self, peer: socket.socket, address: str) -> bool:
+        # A second handle on the connection, to end it by: TLS takes the first one over.
+        handle = peer.dup()
         watch = threading.Timer(AGENT_TALK_SECONDS, self._late, (handle,))
         watch.daemon = True
-        watch.start()
+        thread = threading.Thread(target=self._serve, args=(peer, watch), name=f"peer {address}", daemon=True)
+        with self._lock:
+            self._talks[thread] = handle, address
+        try:
+            watch.start()
+            thread.start()
+        except RuntimeError:
+            self._end(thread, watch)
+            raise
+        return True
+
+    def _serve(self, peer: socket.socket, watch: threading.Timer) -> None:
         try:
             self._talk(peer)
         finally:
-            watch.cancel()
-            with self._lock:
-                del self._talks[threading.current_thread()]
-                handle.close()
+            self._end(threading.current_thread(), watch)
+
+    def _end(self, thread: threading.Thread, watch: threading.Timer) -> None:
+        watch.cancel()
+        with self._lock:
+            handle, _ = self._talks.pop(thread)
+            handle.close()
 
     def _late(self, handle: socket.socket) -> None:
         self._counts.count("peers", outcome="too slow")

@@ -64,7 +64,7 @@ class Transfers:
                 return
 
     def open(self, uuid: str) -> bool:
-        """Whether the guest has transfers that are not finished; False of a journal that cannot be read, and counted."""
+        """Whether the guest has transfers that are not finished; of a journal that cannot be read nobody can say so."""
         try:
             return any(transfer.unfinished for transfer in self._settler.journal.of(uuid))
         except Error as error:
