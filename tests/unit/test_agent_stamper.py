@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -29,18 +28,26 @@ class Libvirt:
 
 def test_tries_until_it_is_taken_or_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stamper, "STAMP_SECONDS", 0.01)
-    libvirt, wanted = Libvirt(gone="c"), {"a", "b", "c"}
-    stamps, stopped = Stamper(libvirt.stamp, wanted.__contains__), threading.Event()
+    libvirt, wanted, asked = Libvirt(gone="c"), {"a", "b", "c"}, []
+
+    def wants(uuid: str) -> bool:
+        asked.append(uuid)
+        return uuid in wanted
+
+    stamps, stopped = Stamper(libvirt.stamp, wants), threading.Event()
     thread = threading.Thread(target=stamps.run, args=(stopped,))
     thread.start()
     for uuid in ("a", "b", "c", "unwanted"):
         stamps.offer(uuid)
     assert eventually(lambda: libvirt.tried.count("c") > 5)
     wanted.discard("c")
-    time.sleep(0.1)
-    tried = len(libvirt.tried)
-    time.sleep(0.1)
-    assert len(libvirt.tried) == tried
+    # Whoever is offered after that is looked at after it.
+    stamps.offer("x")
+    assert eventually(lambda: "x" in asked)
+    tried, looks = len(libvirt.tried), asked.count("c")
+    stamps.offer("y")
+    assert eventually(lambda: "y" in asked)
+    assert (len(libvirt.tried), asked.count("c")) == (tried, looks)
     stopped.set()
     thread.join()
     assert [libvirt.tried.count(uuid) for uuid in ("a", "b", "unwanted")] == [3, 3, 0]

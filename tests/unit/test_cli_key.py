@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -200,12 +201,21 @@ def test_rebind_to_another_authority(host: CustodyHost) -> None:
     assert (after.authority != before.authority, after.encrypted) == (True, True)
 
 
-def test_a_rebind_brings_no_key_back_that_goes_with_its_guest(host: CustodyHost) -> None:
+def test_a_rebind_brings_no_key_back_that_goes_with_its_guest(
+    host: CustodyHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits, lock = threading.Event(), Journal.locked
+
+    def locked(journal: Journal, uuid: str) -> AbstractContextManager[None]:
+        waits.set()
+        return lock(journal, uuid)
+
     with ThreadPoolExecutor() as pool:
         with Journal(host.layout).locked(UUID):
+            monkeypatch.setattr(Journal, "locked", locked)
             rebinding = pool.submit(refused, host, "rebind", UUID)
-            # what the agent does when the guest runs elsewhere, in a moment in which `rebind` may have read the record
-            time.sleep(0.5)
+            # what the agent does when the guest runs elsewhere: what `rebind` reads before it waits, it has read
+            assert waits.wait(30)
             keys.destroy(UUID, host.layout)
         assert rebinding.result() == "custody.no-record"
     assert keys.load(UUID, host.layout) is None

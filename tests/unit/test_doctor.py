@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from waiting import eventually
 
 from swtpm_prop.cli.doctor import command
 from swtpm_prop.doctor import access, confinement, daemon, guests, index, installation, swtpm
@@ -392,8 +393,8 @@ def running_swtpm(directory: Path, log: Path) -> Iterator[None]:
     arguments = ["--tpm2", "--tpmstate", f"dir={state},mode=0600", "--ctrl", f"type=unixio,path={control},mode=0600"]
     with log.open("a") as file, subprocess.Popen(["swtpm", "socket", *arguments], pass_fds=[file.fileno()]) as running:
         try:
-            while not control.exists():
-                time.sleep(0.01)
+            assert eventually(lambda: control.exists() or running.poll() is not None, 30)
+            assert running.poll() is None
             yield
         finally:
             running.kill()

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swtpm_prop.cli.property_log import follow
+from swtpm_prop.cli import property_log
 from swtpm_prop.domain.log import Standing, ended_inactive, fold, parse_line, read
 from swtpm_prop.errors import DomainError
 from swtpm_prop.limits import LOG_LINE_BYTES
@@ -136,26 +136,23 @@ def test_only_a_log_that_ends_with_an_inactive_bank_asks_for_activation(tmp_path
         assert not ended_inactive(path)
 
 
-def test_following_goes_on_through_restarts_of_the_guest(tmp_path: Path) -> None:
+def test_following_goes_on_through_restarts_of_the_guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "log", start(), end="\n")
-    seen: list[int] = []
 
-    def watch() -> None:
-        for entry in follow(path):
-            seen.append(entry["recnum"])
-            if entry["recnum"] == 9:
-                return
+    def append(text: str) -> None:
+        with path.open("a") as file:
+            file.write(text)
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    with path.open("a") as file:
-        text = json.dumps(measured(4, "held", 1))
-        file.write(text[:20])
-        file.flush()
-        time.sleep(0.3)
-        file.write(text[20:] + "\n")
-    path.rename(tmp_path / "log.1")
-    time.sleep(0.3)
-    write(path, measured(4, "held", 8), measured(4, "held", 9))
-    watcher.join(5)
-    assert seen == [0, 1, 8, 9]
+    text = json.dumps(measured(4, "held", 1))
+    happens = iter(
+        [
+            lambda: append(text[:20]),
+            lambda: append(text[20:] + "\n" + text[:20].replace("1", "2")),
+            lambda: path.rename(tmp_path / "log.1"),
+            lambda: write(path, measured(4, "held", 8), measured(4, "held", 9)),
+            lambda: None,  # it has read the rest of the old one
+        ]
+    )
+    # Each time it has seen all there is, the next thing happens.
+    monkeypatch.setattr(property_log, "time", SimpleNamespace(sleep=lambda seconds: next(happens)()))
+    assert [entry["recnum"] for entry in islice(property_log.follow(path), 4)] == [0, 1, 8, 9]

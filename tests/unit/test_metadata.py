@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from itertools import pairwise
 
 import pytest
+from growth import growth
 from hypothesis import given
 from hypothesis import strategies as st
 from lxml import etree
@@ -216,16 +216,16 @@ def test_size_limits() -> None:
 
 def test_entities_are_never_expanded() -> None:
     laughs = "".join(f"<!ENTITY e{n} '{f'&e{n - 1};' * 10 if n else 'ha' * 50}'>" for n in range(20))
-    started = time.monotonic()
     assert refusal(domain("&e19;" + element(), head=f"<!DOCTYPE d [{laughs}]>")).id == "domain.xml-doctype"
-    assert time.monotonic() - started < 0.5
+    # Not even declared: nothing behind this is read, for it is no XML.
+    assert refusal(domain("&e19;" + element(), head="<!DOCTYPE d [<!ENTITY")).id == "domain.xml-doctype"
 
 
 def test_the_largest_domain_is_read_in_time() -> None:
-    rest = DOMAIN_XML_BYTES - len(domain()) - 7
-    started = time.monotonic()
-    assert parse_domain(domain("<x>" + "y" * rest + "</x>" + element())) is not None
-    assert time.monotonic() - started < 2
+    def read(size: int) -> None:
+        assert parse_domain(domain("<x>" + "y" * size + "</x>" + element())) is not None
+
+    assert growth(read, DOMAIN_XML_BYTES - len(domain()) - 7) < 30
 
 
 def test_element_round_trip_and_the_form_for_libvirt() -> None:

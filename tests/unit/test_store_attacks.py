@@ -134,15 +134,17 @@ def test_rollback_of_the_targets_by_who_has_the_online_key(keeper: Keeper, host:
     assert host.certified(OLD, NEW) == [NEW]
 
 
-def test_freeze(keeper: Keeper, host: Follower) -> None:
+def test_freeze(keeper: Keeper, host: Follower, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who withholds what is new stops nothing: the index ends by itself, and the store it shows is soon refused."""
-    keeper.publish("online", days=2 / 86400 - 3)
     host.sync()
-    end = Index.open(str(host.layout.index)).expires
-    time.sleep(max(0, end + 1.1 - time.time()))
+    left = timedelta(seconds=Index.open(str(host.layout.index)).expires - time.time())
+    set_clock(monkeypatch, left - timedelta(hours=1))
+    host.sync()
+    assert host.certified(OLD) == [OLD]
+    set_clock(monkeypatch, left + timedelta(seconds=2))
     assert refused(host) == "store.expired"
     assert host.certified(OLD) == []
-    keeper.publish("online")
+    keeper.publish("online", days=4)
     host.sync()
     assert host.certified(OLD) == [OLD]
 
