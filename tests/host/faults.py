@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -53,12 +54,31 @@ Fault = Callable[[int], None]
 """What is to happen, given the process that has written the state, as its host counts."""
 
 
+class Trap:
+    """For the first who writes a certain state."""
+
+    def __init__(self, path: Path, fault: Fault) -> None:
+        self.path = path
+        self.fault = fault
+        self.sprung = threading.Event()
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def empty(self) -> bool:
+        """Whether nobody has fallen in."""
+        return self.path.exists()
+
+
 class Faults:
     """A ``with`` puts a product with traps in the place of the host's own, for programs that start from then on."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._faults: dict[str, Fault] = {}
+        self._traps: dict[str, Trap] = {}
+        self._happening = threading.Lock()
         self.errors: list[BaseException] = []
 
     def __enter__(self) -> Faults:
@@ -89,24 +109,18 @@ class Faults:
         self._listener.listen()
         threading.Thread(target=self._serve, args=(self._listener,), daemon=True).start()
 
-    def set(self, uuid: str, side: str, state: str, fault: Fault) -> threading.Event:
-        """Let ``fault`` happen when the host's transfer of the guest has come into a state; set when it has."""
-        name, happened = f"{uuid}.{side}.{state}", threading.Event()
-
-        def happen(writer: int) -> None:
-            try:
-                fault(writer)
-            finally:
-                happened.set()
-
-        self._faults[name] = happen
-        at(self._host, DIRECTORY / name).touch()
-        return happened
+    def set(self, uuid: str, side: str, state: str, fault: Fault) -> Trap:
+        """Let ``fault`` happen when the host's transfer of the guest has come into a state."""
+        trap = Trap(at(self._host, DIRECTORY / f"{uuid}.{side}.{state}"), fault)
+        self._traps[trap.name] = trap
+        trap.path.touch()
+        return trap
 
     def clear(self, uuid: str) -> None:
-        """Take away the guest's traps into which nobody fell."""
-        for trap in at(self._host, DIRECTORY).glob(f"{uuid}.*"):
-            trap.unlink(missing_ok=True)
+        """Take away the guest's traps: from now on none of its faults is happening, or will."""
+        with self._happening:
+            for name in [name for name in self._traps if name.startswith(uuid)]:
+                self._traps.pop(name).path.unlink(missing_ok=True)
 
     def _serve(self, listener: socket.socket) -> None:
         while True:
@@ -119,10 +133,16 @@ class Faults:
     def _answer(self, line: socket.socket) -> None:
         with line:
             name, writer = line.recv(1000).decode().split()
-            try:
-                self._faults.pop(name)(int(writer))
+            with self._happening:
+                if trap := self._traps.pop(name, None):
+                    self._spring(trap, int(writer))
+            with suppress(OSError):  # who waited is dead: that was the fault
                 line.sendall(b".")
-            except OSError:
-                pass  # who waited is dead: that was the fault
-            except BaseException as error:
-                self.errors.append(error)
+
+    def _spring(self, trap: Trap, writer: int) -> None:
+        try:
+            trap.fault(writer)
+        except BaseException as error:
+            self.errors.append(error)
+        finally:
+            trap.sprung.set()

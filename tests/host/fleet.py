@@ -17,6 +17,7 @@ from lab.host import Host, connect
 from lab.machine import Machine
 from lab.process import LabError
 from swtpm_prop.layout import Layout
+from swtpm_prop.transfer.journal import Journal, Transfer
 
 AUTHORITY = "https://example.org/operations"
 APPROVED = "https://example.org/hosts/approved"
@@ -136,6 +137,12 @@ class Fleet:
         host.put(
             str(layout.trust), host.read(str(layout.trust)) + ISSUER.format(AUTHORITY, self._public(self.authority))
         )
+
+
+def unfinished(host: Host) -> list[Transfer]:
+    """What ``Fleet.transfers`` says, by the host's own journal: takes little from those who are waited for."""
+    journal = Journal(Layout(host.root))
+    return [transfer for uuid in journal.guests() for transfer in journal.of(uuid) if transfer.unfinished]
 
 
 def connect_all(hosts: Sequence[Host]) -> None:

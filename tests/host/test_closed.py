@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fleet import Fleet
+from inside import copied, key_of, keyed, on, state_of
 from product import at
+from waiting import eventually
 
 from lab.domain import Domain
 from lab.host import Host
 from lab.machine import Machine
 from lab.process import LabError
 from lab.tap import Tap
-from swtpm_prop.custody.form import PERMANENT, Form, form
+from swtpm_prop.custody.form import Form, form
 from swtpm_prop.custody.keys import migration_key
 from swtpm_prop.layout import Layout
 from tests.swtpm import PERMANENT as PERMANENT_KIND
@@ -28,13 +29,6 @@ from tests.swtpm import Tpm, TpmError, owned_directory, world_directory
 
 pytestmark = pytest.mark.host
 
-OPEN_KEY = """
-from swtpm_prop.custody import keys, opening
-from swtpm_prop.layout import Layout
-record = keys.load("{0}", Layout())
-with opening.hardware(Layout()) as tpm:
-    print(opening.open_(record, tpm, Layout()).hex())
-"""
 HAND_OUT = """
 from pathlib import Path
 from swtpm_prop.custody import keys, opening
@@ -99,40 +93,15 @@ def world() -> Iterator[Path]:
         yield path
 
 
-def key_of(machine: Machine) -> str:
-    """What only root can have of a host in an approved state."""
-    return on(machine.host, OPEN_KEY.format(machine.domain.uuid))
-
-
-def on(host: Host, script: str) -> str:
-    """What a script of the product's own parts prints, run by the host's root."""
-    return host.run([Path(sys.prefix) / "bin/python", "-P", "-c", script]).stdout.strip()
-
-
-def state_of(machine: Machine) -> Path:
-    return at(machine.host, Layout().guest_tpm(machine.domain.uuid))
-
-
 def opened(world: Path, directory: Path, key: str = "") -> bytes:
     """A copy of the state in ``directory`` as a swtpm reads it, with a key in hex or none: what is in the blob.
 
     Raises:
         TpmError: it cannot.
     """
-    copy = owned_directory(world / f"copy{len(list(world.iterdir()))}")
-    tpm = Tpm(copy, options=keyed(world, "--key", key) if key else [])
-    shutil.copyfile(directory / PERMANENT, tpm.state / PERMANENT)
-    shutil.chown(tpm.state / PERMANENT, "tss", "tss")
-    with tpm:
+    with copied(world, directory, key) as tpm:
         tpm.init()
         return tpm.get_state(PERMANENT_KIND)[1][10:]
-
-
-def keyed(world: Path, option: str, key: str) -> list[str]:
-    file = world / f"key{len(list(world.iterdir()))}"
-    file.write_text(key)
-    shutil.chown(file, "tss", "tss")
-    return [option, f"file={file},mode=aes-256-cbc,format=hex"]
 
 
 def shown(content: bytes, places: list[bytes]) -> list[bytes]:
@@ -198,7 +167,7 @@ def test_a_copy_of_the_disk_in_another_host(kept: Machine, gold: Host, silver: H
     try:
         silver.put("/run/copy.xml", gold.virsh("dumpxml", "--inactive", uuid))
         silver.virsh("define", "/run/copy.xml")
-        with pytest.raises(LabError, match=r"\[tpm.foreign-object\]"):
+        with pytest.raises(LabError, match=r"\[tpm\.foreign-object\]"):
             copy.start()
     finally:
         copy.remove()
@@ -210,7 +179,7 @@ def test_a_captured_import_blob(fleet: Fleet, kept: Machine, gold: Host, silver:
     """It is for the one TPM that it was made for; not even for the one that made it."""
     blob = on(gold, HAND_OUT.format(kept.domain.uuid, on(silver, PARENT)))
     for host in (gold, fleet.members["stranger"].host):
-        with pytest.raises(LabError, match=r"\[?tpm\.foreign-object"):
+        with pytest.raises(LabError, match=r"tpm\.foreign-object"):
             on(host, TAKE_IN.format(blob))
     on(silver, TAKE_IN.format(blob))
 
@@ -230,10 +199,10 @@ def test_its_own_host_after_the_approval_was_revoked(fleet: Fleet, kept: Machine
     shutil.copytree(at(gold, Layout().approvals), world / "before")
     fleet.revoke("stock")
     try:
-        refused(kept, "(host|tpm|approvals).[a-z-]+")
+        refused(kept, "host.nothing-approved", "host.state-not-approved")  # the list may have another state
         shutil.rmtree(at(gold, Layout().approvals))
         shutil.copytree(world / "before", at(gold, Layout().approvals))
-        refused(kept, "(tpm.approval-revoked|host.epoch-passed)")
+        refused(kept, "tpm.approval-revoked")
     finally:
         fleet.approve(gold, "stock")
     kept.start()
@@ -245,9 +214,9 @@ def test_nothing_is_left_where_the_guest_was(fleet: Fleet, kept: Machine, gold: 
     inside = opened(world, state_of(kept), key_of(kept))
     assert inside
     kept.migrate(silver)
-    assert key_of(kept)
-    assert not at(gold, layout.guest_key(uuid)).exists()
-    assert form(at(gold, layout.guest_tpm(uuid))) is Form.NONE
+    assert eventually(lambda: at(silver, layout.guest_key(uuid)).exists())
+    assert eventually(lambda: not at(gold, layout.guest_key(uuid)).exists())
+    assert eventually(lambda: form(at(gold, layout.guest_tpm(uuid))) is Form.NONE)
     left = [file for file in at(gold, layout.state).rglob("*") if file.is_file() and uuid in str(file)]
     key = bytes.fromhex(key_of(kept))
     for file in left:
@@ -258,7 +227,8 @@ def test_nothing_is_left_where_the_guest_was(fleet: Fleet, kept: Machine, gold: 
         key_of(Machine(gold, kept.domain))
 
 
-def refused(machine: Machine, id: str) -> None:
-    with pytest.raises(LabError, match=rf"\[{id}\]"):
+def refused(machine: Machine, *ids: str) -> None:
+    """It does not start, for one of these reasons."""
+    with pytest.raises(LabError, match=rf"\[({'|'.join(map(re.escape, ids))})\]"):
         machine.start()
     assert machine.state() == "shut off"

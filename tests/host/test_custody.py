@@ -146,7 +146,7 @@ def test_libvirts_own_secret_beside_custody(fleet: Fleet, home: Host):
     home.put("/run/secret", "eA==")
     home.virsh("secret-set-value", "--secret", secret, "--file", "/run/secret")
     with Machine(home, Domain(name="twice", memory=64, metadata=metadata, secret=secret)) as machine:
-        with pytest.raises(LabError, match=r"\[domain.custody-and-secret\]"):
+        with pytest.raises(LabError, match=r"\[domain\.custody-and-secret\]"):
             machine.start()
         assert state(machine) is Form.NONE
 
@@ -170,7 +170,7 @@ def test_recovery_on_another_host(fleet: Fleet, direct: Domain):
     silver.virsh("define", "/run/lost.xml")
     found = Machine(silver, lost.domain)
     try:
-        with pytest.raises(LabError, match=r"\[custody.key-missing\].*key recover"):
+        with pytest.raises(LabError, match=r"\[custody\.key-missing\].*key recover"):
             found.start()
         silver.cli("key", "recover", uuid, "--key", str(fleet.recovery))
         found.boot()
@@ -186,7 +186,7 @@ def test_a_host_is_updated(fleet: Fleet):
     try:
         machine.start()
         silver.reboot(boot_of("linux 6.1.0-51"))
-        with pytest.raises(LabError, match=r"\[host.state-not-approved\]"):
+        with pytest.raises(LabError, match=r"\[host\.state-not-approved\]"):
             machine.start()
         fleet.approve(silver.host, "update")
         machine.start()

@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import Define, Pair
+from waiting import eventually
 
 from lab import guest, image
 from lab.domain import Domain
@@ -155,10 +155,7 @@ def test_a_killed_laboratory_takes_its_hosts_along_and_is_swept_up_later(tmp_pat
         assert owner.stdout is not None
         pid, group, work = owner.stdout.readline().split()
         owner.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 5
-    while Path(f"/proc/{pid}").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    assert eventually(lambda: not Path(f"/proc/{pid}").exists())
     assert Path(work).exists()
     os.utime(work, (0, 0))
     with laboratory("next", parent=tmp_path):

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
-from fleet import Fleet
+from fleet import Fleet, unfinished
 from product import at, run_directories
 from waiting import eventually
 
@@ -41,10 +41,11 @@ def test_ten_at_once_there_and_back(fleet: Fleet, machines: list[Machine]):
             for going in [pool.submit(machine.migrate, here) for machine in machines]:
                 going.result()
         assert {machine.state() for machine in machines} == {"running"}
-        assert eventually(lambda here=here, before=before: not fleet.transfers(here) + fleet.transfers(before), 20)
+        assert eventually(lambda here=here, before=before: not unfinished(here) + unfinished(before), 60, pause=0.2)
         for machine in machines:
             assert at(here, layout.guest_key(machine.domain.uuid)).exists()
             assert form(at(here, layout.guest_tpm(machine.domain.uuid))) is Form.ENCRYPTED
             assert not at(before, layout.guest_key(machine.domain.uuid)).exists()
             assert form(at(before, layout.guest_tpm(machine.domain.uuid))) is Form.NONE
-        assert run_directories(before) == []
+        assert fleet.transfers(here) == fleet.transfers(before) == []
+        assert eventually(lambda before=before: run_directories(before) == [])
