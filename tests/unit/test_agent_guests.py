@@ -10,6 +10,7 @@ import libvirt
 import pytest
 from waiting import eventually
 
+from swtpm_prop.agent import guests as agent_guests
 from swtpm_prop.agent.guests import Guests, Happening, check_moves, job_leaves, presence_after, presence_of
 from swtpm_prop.domain.identity import identify
 from swtpm_prop.domain.stamp import Stamp, read, to_xml
@@ -19,6 +20,8 @@ from swtpm_prop.transfer.machine import Event, Presence
 
 URI = "test:///default"
 OTHER = "0b7a4d6e-8f5c-4a2b-9c3d-1e2f3a4b5c6d"
+NODE = """<node><domain type='test'><name>test</name><uuid>6ba7b810-9dad-41d1-80b4-00c04fd430c8</uuid>
+<memory>8192</memory><os><type>hvm</type></os></domain></node>"""
 STAMP = Stamp("alpha.example:4879", "alpha")
 NAME = "a 'guest' <\u00e9>"
 STATUS = """<domstatus state='running' reason='booted' pid='4711'>
@@ -40,35 +43,34 @@ def told() -> queue.Queue[Happening]:
 
 
 @pytest.fixture
-def guests(told: queue.Queue[Happening]) -> Iterator[Guests]:
-    guests = Guests(URI, told.put, Layout())
+def guests(tmp_path: Path, told: queue.Queue[Happening]) -> Iterator[Guests]:
+    """Of a libvirt of its own: what an earlier test did to the common one is told of whenever its loop comes to it."""
+    (tmp_path / "node.xml").write_text(NODE)
+    guests = Guests(f"test://{tmp_path}/node.xml", told.put, Layout())
     guests.start()
-    assert eventually(lambda: guests.connected)
+    assert eventually(lambda: guests.connected, 30)
     yield guests
     guests.stop()
 
 
 @pytest.fixture
-def domain() -> libvirt.virDomain:
-    connection = libvirt.open(URI)
-    domain = connection.lookupByName("test")
-    if not domain.isActive():
-        domain.create()
-    return domain
+def domain(guests: Guests) -> libvirt.virDomain:
+    assert guests._connection is not None
+    return guests._connection.lookupByName("test")
 
 
 def test_follows_a_guest(domain: libvirt.virDomain, guests: Guests, told: queue.Queue[Happening]) -> None:
     uuid = domain.UUIDString()
-    assert told.get(timeout=5)[:2] == (uuid, Event.RUNS)
+    assert told.get(timeout=30)[:2] == (uuid, Event.RUNS)
     assert guests.presence(uuid) is Presence.RUNS
     assert guests.running() == [uuid]
     domain.suspend()
     domain.resume()
     domain.destroy()
-    assert told.get(timeout=5)[:2] == (uuid, Event.GONE)
+    assert told.get(timeout=30)[:2] == (uuid, Event.GONE)
     assert guests.presence(uuid) is Presence.GONE
     domain.create()
-    assert told.get(timeout=5)[:2] == (uuid, Event.RUNS)
+    assert told.get(timeout=30)[:2] == (uuid, Event.RUNS)
     assert told.empty()
 
 
@@ -76,22 +78,21 @@ def test_tells_of_a_guest_that_loses_its_definition(
     domain: libvirt.virDomain, guests: Guests, told: queue.Queue[Happening]
 ) -> None:
     uuid, xml = domain.UUIDString(), domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
-    assert told.get(timeout=5)[:2] == (uuid, Event.RUNS)
+    assert told.get(timeout=30)[:2] == (uuid, Event.RUNS)
     assert not guests.transient(uuid)
     domain.undefine()
     try:
-        assert told.get(timeout=5)[:2] == (uuid, Event.RUNS)
+        assert told.get(timeout=30)[:2] == (uuid, Event.RUNS)
         assert guests.transient(uuid)
         # an agent that comes now sees it as well
-        later = Guests(URI, lambda _: None, Layout())
-        later._connect()
-        assert later.transient(uuid)
+        assert agent_guests._defined(guests._connection) == {}
+        assert agent_guests._listed(guests._connection) == {uuid: Presence.RUNS}
     finally:
         domain.connect().defineXML(xml)
     assert eventually(lambda: not guests.transient(uuid))
     # a definition is enough while nothing runs
     domain.destroy()
-    assert told.get(timeout=5)[:2] == (uuid, Event.GONE)
+    assert told.get(timeout=30)[:2] == (uuid, Event.GONE)
     domain.undefine()
     assert eventually(lambda: guests._defined[uuid] is False)
     assert not guests.transient(uuid)
@@ -221,9 +222,9 @@ def test_halts_a_guest(domain: libvirt.virDomain, guests: Guests, told: queue.Qu
 def test_goes_on_after_libvirt_was_away(
     domain: libvirt.virDomain, guests: Guests, told: queue.Queue[Happening]
 ) -> None:
-    told.get(timeout=5)
+    told.get(timeout=30)
     guests._lost.set()
-    assert told.get(timeout=5)[:2] == (domain.UUIDString(), Event.RUNS)
+    assert told.get(timeout=30)[:2] == (domain.UUIDString(), Event.RUNS)
     assert eventually(lambda: guests.presence(domain.UUIDString()) is Presence.RUNS)
 
 
