@@ -96,7 +96,7 @@ def _write(uuid: str, banks: str, layer: bytes, key: bytes | None, account: Acco
     run = layout.guest_run(uuid)
     try:
         readable = Account(os.geteuid(), account.gid)
-        files.write_directory(run, {"layer.json": layer, "pcr-banks": marker, **_keys(key)}, readable)
+        files.write_directory(run, {"layer.json": layer, "pcr-banks": marker, **_keys(uuid, key, layout)}, readable)
         files.rotate_log(layout.guest_log(uuid), account)
         if _marked(uuid, layout) != banks:
             durable.replace(layout.guest_marker(uuid), marker, 0o644)
@@ -105,13 +105,14 @@ def _write(uuid: str, banks: str, layer: bytes, key: bytes | None, account: Acco
         raise
 
 
-def _keys(key: bytes | None) -> dict[str, bytes]:
+def _keys(uuid: str, key: bytes | None, layout: Layout) -> dict[str, bytes]:
     """What the shims hand to swtpm; the hook script removes both keys at ``start``, and ``keyed`` refuses a second."""
     if key is None:
         return {}
     from swtpm_prop.custody.keys import migration_key
 
-    return {"state-key": key.hex().encode(), "migration-key": migration_key(key).hex().encode(), "keyed": b""}
+    paths = {layout.state_key(uuid): key, layout.migration_key(uuid): migration_key(key)}
+    return {path.name: each.hex().encode() for path, each in paths.items()} | {"keyed": b""}
 
 
 def _layer(uuid: str, vtpm: Vtpm, layout: Layout) -> bytes:
