@@ -23,8 +23,6 @@ from swtpm_prop.limits import DOMAIN_XML_BYTES, LIBVIRT_PROBE_SECONDS, LIBVIRT_P
 from swtpm_prop.transfer.answer import unseen
 from swtpm_prop.transfer.machine import Event, Presence
 
-LOCAL = "qemu:///system"
-
 
 class Happening(NamedTuple):
     """What became of a guest.

@@ -6,15 +6,14 @@ import logging
 import signal
 import sys
 import threading
-from pathlib import Path
 
 import click
 
 from swtpm_prop.agent.daemon import Agent
-from swtpm_prop.agent.guests import LOCAL
 from swtpm_prop.agent.notify import notify
+from swtpm_prop.cli.context import layout_of
+from swtpm_prop.cli.guest import LOCAL
 from swtpm_prop.errors import printable
-from swtpm_prop.layout import Layout
 
 
 class _Line(logging.Formatter):
@@ -41,5 +40,5 @@ def command(ctx: click.Context, uri: str) -> None:
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
-    agent = Agent(ctx.find_object(Layout) or Layout(Path("/")), uri)
+    agent = Agent(layout_of(ctx), uri)
     agent.run(stopped, lambda: notify("READY=1"), lambda: notify("STOPPING=1"))

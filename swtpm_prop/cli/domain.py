@@ -14,6 +14,7 @@ import libvirt
 
 from swtpm_prop import host_config
 from swtpm_prop.cli import explain, output, property_log
+from swtpm_prop.cli.context import layout_of
 from swtpm_prop.cli.guest import LOCAL, Guest, find, libvirt_failed
 from swtpm_prop.domain import log
 from swtpm_prop.domain.causes import causes
@@ -76,8 +77,8 @@ def enable(
     _warn_if_custody_ends(guest, vtpm)
     _set_metadata(guest, to_xml(vtpm, prefix=""))
     if uri == LOCAL:
-        _warn_if_not_installed(_layout(ctx))
-        _warn_if_not_recoverable(vtpm, _layout(ctx))
+        _warn_if_not_installed(layout_of(ctx))
+        _warn_if_not_recoverable(vtpm, layout_of(ctx))
     _print(guest, vtpm, as_json)
 
 
@@ -97,10 +98,6 @@ def show(name: str, uri: str, as_json: bool) -> None:
     """Show what the guest NAME asks for, and the value its property PCRs have while they hold."""
     guest = find(name, uri)
     _print(guest, parse_domain(guest.xml), as_json)
-
-
-def _layout(ctx: click.Context) -> Layout:
-    return ctx.find_object(Layout) or Layout()
 
 
 def _set_metadata(guest: Guest, xml: str | None) -> None:
@@ -198,8 +195,8 @@ def status(
     """
     guest = _here(name, uri)
     known = explain.known(event_log, ima_log)
-    path = _layout(ctx).guest_log(guest.uuid)
-    trouble = _index_trouble(_layout(ctx))
+    path = layout_of(ctx).guest_log(guest.uuid)
+    trouble = _index_trouble(layout_of(ctx))
     records = list(log.read(path))
     standing = log.fold(records)
     found = causes(records, known)
@@ -281,7 +278,7 @@ def log_(
     ima_log: tuple[Path, ...],
 ) -> None:
     """Show the property log of the guest NAME: what was measured, and which certificate it rests on or why on none."""
-    path = _layout(ctx).guest_log(_here(name, uri).uuid)
+    path = layout_of(ctx).guest_log(_here(name, uri).uuid)
     known = explain.known(event_log, ima_log)
     for record in property_log.follow(path) if follow else log.read(path):
         property_log.print_record(record, as_json, known)

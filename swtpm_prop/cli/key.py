@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from swtpm_prop.account import swtpm_account
 from swtpm_prop.cli import key_forget, output, passphrase
+from swtpm_prop.cli.context import layout_of
 from swtpm_prop.cli.guest import guest_argument, guest_uuid, known_here
 from swtpm_prop.custody import keys, opening, rebinding
 from swtpm_prop.custody.form import form
@@ -59,7 +60,7 @@ def show(ctx: click.Context, guest: str | None, uri: str, as_json: bool) -> None
     GUEST is a name or a UUID; without one all are listed, those too whose guest is not defined here any more. Exit
     status 1 if one does not open.
     """
-    layout = _layout(ctx)
+    layout = layout_of(ctx)
     asked = [guest_uuid(guest, uri)] if guest else sorted(path.stem for path in layout.keys.glob("*.json"))
     names = _names(uri)
     found = [Standing(uuid, *_opened(uuid, layout), _name(uuid, names)) for uuid in asked]
@@ -89,7 +90,7 @@ def rebind(ctx: click.Context, guest: str, uri: str, property: str | None, accep
 
     The key itself stays the same: saved images and snapshots go on to open. The guest may run.
     """
-    layout = _layout(ctx)
+    layout = layout_of(ctx)
     if property is not None:
         check_property(property)
     uuid = guest_uuid(guest, uri)
@@ -124,7 +125,7 @@ def recover(
     First put its TPM state, from a backup or the lost host's disk, where libvirt keeps it. The guest must not run
     anywhere, and its old host must never start it again: revoke that host.
     """
-    layout = _layout(ctx)
+    layout = layout_of(ctx)
     uuid = guest_uuid(guest, uri)
     if property is not None:
         check_property(property)
@@ -133,10 +134,6 @@ def recover(
     with Journal(layout).locked(uuid):
         record = rebinding.recover(uuid, private, place, property, swtpm_account(layout), layout)
     _done(record, uri, as_json, layout)
-
-
-def _layout(ctx: click.Context) -> Layout:
-    return ctx.find_object(Layout) or Layout()
 
 
 def _recovery_key(path: Path, passphrase_file: Path | None) -> ec.EllipticCurvePrivateKey:

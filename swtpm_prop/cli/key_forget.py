@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from swtpm_prop.cli import output
+from swtpm_prop.cli.context import layout_of
 from swtpm_prop.cli.guest import guest_argument, guest_uuid, known_here
 from swtpm_prop.custody import keys
 from swtpm_prop.custody.form import Form, form
@@ -28,7 +29,7 @@ def forget(ctx: click.Context, guest: str, uri: str, leave_state: bool, yes: boo
     """
     if as_json and not yes:
         raise UsageError("usage.confirm", "--json cannot ask", "look at 'key show' first, then add --yes")
-    uuid, layout = guest_uuid(guest, uri), ctx.find_object(Layout) or Layout()
+    uuid, layout = guest_uuid(guest, uri), layout_of(ctx)
     _check_gone(uuid, uri, leave_state, layout)
     if not yes:
         output.warn(

@@ -8,9 +8,10 @@ from typing import Any
 import click
 import libvirt
 
-from swtpm_prop.agent.guests import LOCAL, presence_of
+from swtpm_prop.agent.guests import presence_of
 from swtpm_prop.cli import output
-from swtpm_prop.cli.guest import guest_argument, guest_uuid
+from swtpm_prop.cli.context import layout_of
+from swtpm_prop.cli.guest import LOCAL, guest_argument, guest_uuid
 from swtpm_prop.custody.form import Form, form
 from swtpm_prop.errors import TransferError, UsageError
 from swtpm_prop.layout import Layout
@@ -65,7 +66,7 @@ def command() -> None:
 @click.pass_context
 def list_(ctx: click.Context, every: bool, as_json: bool) -> None:
     """List the migrations that are not finished."""
-    journal = Journal(_layout(ctx))
+    journal = Journal(layout_of(ctx))
     found = [transfer for uuid in journal.guests() for transfer in journal.of(uuid) if every or transfer.unfinished]
     if as_json:
         output.print_json([_for_programs(transfer) for transfer in found])
@@ -85,7 +86,7 @@ def show(ctx: click.Context, guest: str, uri: str, as_json: bool) -> None:
 
     GUEST is a name, or a UUID: that of a guest that is not defined here any more is in 'transfer list --all'.
     """
-    uuid, journal = guest_uuid(guest, uri), Journal(_layout(ctx))
+    uuid, journal = guest_uuid(guest, uri), Journal(layout_of(ctx))
     found, gate = journal.of(uuid), journal.gate(uuid)
     if as_json:
         output.print_json({"guest": uuid, "start": gate, "transfers": [_for_programs(t) for t in found]})
@@ -121,7 +122,7 @@ def resolve(ctx: click.Context, guest: str, uri: str, here: bool, there: bool, y
     """
     if here == there:
         raise UsageError("usage.place", "it is not said where the guest is", "give --here or --there")
-    uuid, layout = guest_uuid(guest, uri), _layout(ctx)
+    uuid, layout = guest_uuid(guest, uri), layout_of(ctx)
     state = form(layout.guest_tpm(uuid))
     if here and state is Form.NONE:
         _warn_of_no_state(uuid, yes, as_json, layout)
@@ -162,10 +163,6 @@ def _presence(uuid: str) -> Presence:
 
 def _halt(uuid: str) -> None:
     click.secho(f"warning: guest {uuid} must not run here, destroy it: virsh destroy {uuid}", fg="yellow", err=True)
-
-
-def _layout(ctx: click.Context) -> Layout:
-    return ctx.find_object(Layout) or Layout()
 
 
 def _for_programs(transfer: Transfer) -> dict[str, Any]:

@@ -17,7 +17,8 @@ OURS = "swtpm-prop"
 STAMP = "urn:swtpm-prop:agent:1"
 """The namespace in which the agent notes where a guest runs: the one of ours that asks for nothing."""
 
-_UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+"""Of a guest, as libvirt writes it."""
 
 
 class Identity(NamedTuple):
@@ -50,7 +51,7 @@ def scan(xml: bytes, most: int = DOMAIN_XML_BYTES) -> Identity:
     found.run(xml)
     uuid = "".join(found.uuid).strip()
     stamp = found.stamps[0] if len(found.stamps) == 1 else {}
-    return Identity(uuid if _UUID.fullmatch(uuid) else "", found.concerned, stamp, "".join(found.name))
+    return Identity(uuid if UUID.fullmatch(uuid) else "", found.concerned, stamp, "".join(found.name))
 
 
 def identify(xml: bytes) -> Identity:

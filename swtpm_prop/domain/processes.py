@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-_UUID = re.compile(r"(?<=/)[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?=/)")
+from swtpm_prop.domain.identity import UUID
+
+_DIRECTORY = re.compile(rf"(?<=/){UUID.pattern}(?=/)")
 
 
 def swtpm_guests() -> Iterator[str]:
     """UUIDs in the arguments of the swtpm processes here: libvirt keeps a guest's TPM in a directory of that name."""
     for process in _swtpms():
-        yield from _UUID.findall(_arguments(process).decode("utf-8", "replace"))
+        yield from _DIRECTORY.findall(_arguments(process).decode("utf-8", "replace"))
 
 
 def has_layer(log: Path) -> bool:

@@ -11,7 +11,9 @@ from swtpm_prop.errors import DomainError
 NAMESPACE = STAMP
 PREFIX = "agent"
 
-_ENDPOINT = re.compile(r"(?:[0-9A-Za-z.\-]{1,253}|\[[0-9A-Fa-f:.]{2,64}\]):[0-9]{1,5}")
+ENDPOINT = re.compile(r"(?:[0-9A-Za-z.\-]{1,253}|\[[0-9A-Fa-f:.]{2,64}\]):[0-9]{1,5}")
+"""``host:port`` of an agent, as hosts tell it to each other."""
+
 _HOST = re.compile(r"[0-9a-z.\-]{1,253}")
 
 
@@ -51,7 +53,7 @@ def read(identity: Identity) -> Stamp | None:
 
 
 def _sound(stamp: Stamp) -> bool:
-    return bool(_ENDPOINT.fullmatch(stamp.endpoint) and _HOST.fullmatch(stamp.host))
+    return bool(ENDPOINT.fullmatch(stamp.endpoint) and _HOST.fullmatch(stamp.host))
 
 
 def transfer(identity: Identity) -> str:

@@ -17,6 +17,8 @@ from swtpm_prop.attest import wire
 from swtpm_prop.custody import recovery
 from swtpm_prop.custody.objects import ImportBlob
 from swtpm_prop.custody.recovery import Wrap
+from swtpm_prop.domain.identity import UUID
+from swtpm_prop.domain.stamp import ENDPOINT
 from swtpm_prop.errors import Error, TransferError, TrustError
 from swtpm_prop.limits import (
     ENDPOINT_CHARS,
@@ -34,10 +36,8 @@ PROTOCOL = 1
 
 NONCE_BYTES = 32
 
-_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _ID = re.compile(r"[0-9a-f]{32}")
 _ERROR_ID = re.compile(r"[a-z0-9\-]{1,32}\.[a-z0-9\-]{1,64}")
-_ENDPOINT = re.compile(r"(?:[A-Za-z0-9.\-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 
 
 class Ask(NamedTuple):
@@ -153,7 +153,7 @@ def refusal(error: Error) -> Refused:
 
 def is_uuid(text: str) -> bool:
     """Whether it is a UUID as libvirt writes it (RFC 4122, section 3), 36 characters in lower case."""
-    return _UUID.fullmatch(text) is not None
+    return UUID.fullmatch(text) is not None
 
 
 def is_id(text: str) -> bool:
@@ -207,7 +207,7 @@ def _dump_ask(ask: Ask) -> Object:
 
 def _parse_ask(found: Object) -> Ask:
     endpoint = _text(found, "endpoint", ENDPOINT_CHARS)
-    return Ask(_id(found), _matching(found, "uuid", _UUID), _nonce(found), _checked(endpoint, "endpoint", _ENDPOINT))
+    return Ask(_id(found), _matching(found, "uuid", UUID), _nonce(found), _checked(endpoint, "endpoint", ENDPOINT))
 
 
 def _dump_challenge(challenge: Challenge) -> Object:
