@@ -6,10 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from swtpm_prop import host_config
 from swtpm_prop.attest import certificates, membership
-from swtpm_prop.custody import approvals
-from swtpm_prop.custody.hardware import Hardware
+from swtpm_prop.custody import approvals, opening
 from swtpm_prop.errors import TrustError
 from swtpm_prop.layout import Layout
 from swtpm_prop.trust import issuers
@@ -103,11 +101,11 @@ def raise_epoch(layout: Layout, installed: Iterable[Installed]) -> int | None:
         The epoch that the TPM has; None if this host has no TPM of ours or there is no approval list.
 
     Raises:
-        HostError: as `Hardware`; ``tpm.epoch-far``.
+        HostError: as `opening.hardware`; ``tpm.epoch-far``.
     """
     epoch = max((each.epoch for each in installed), default=0)
     if not epoch or not layout.host_keys.is_dir():
         return None
-    with Hardware(host_config.load(layout.host).tpm.tcti, layout.tpm_lock) as hardware:
+    with opening.hardware(layout) as hardware:
         hardware.raise_epoch(epoch)
         return hardware.epoch()

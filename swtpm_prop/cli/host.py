@@ -11,9 +11,9 @@ import click
 from swtpm_prop import host_config
 from swtpm_prop.attest import membership, news, report
 from swtpm_prop.cli import host_approve, host_check, output
-from swtpm_prop.cli.host_tpm import chosen_pcrs, event_log_option, pcrs_option, read_event_log, tpm
+from swtpm_prop.cli.host_tpm import chosen_pcrs, event_log_option, pcrs_option, read_event_log
 from swtpm_prop.cli.install import root_option
-from swtpm_prop.custody import host_keys, policy
+from swtpm_prop.custody import host_keys, opening, policy
 from swtpm_prop.custody.host_keys import HostKey
 from swtpm_prop.errors import UsageError
 from swtpm_prop.layout import Layout
@@ -45,7 +45,7 @@ def init(root: Path, as_json: bool) -> None:
     files too (TSS2 PEM, for this TPM alone): if one is removed from the TPM, this puts it back.
     """
     layout = Layout(root)
-    with tpm(layout) as hardware:
+    with opening.hardware(layout) as hardware:
         hardware.initialise()
         shown = {
             "endorsementKey": _name(hardware.ek_public),
@@ -89,7 +89,7 @@ def enroll(
         raise UsageError("usage.enroll", "request or answer?", "give --request first, --answer when it has come")
     if request is not None:
         host = name or socket.getfqdn().lower().rstrip(".")
-        with tpm(layout) as hardware:
+        with opening.hardware(layout) as hardware:
             write_file(request, membership.request(hardware, layout.host_keys, host))
             ek_name = _name(hardware.ek_public)
         if as_json:
@@ -98,7 +98,7 @@ def enroll(
             click.echo(f"'{request}' asks for '{host}' with endorsement key {ek_name}")
     elif answer is not None:
         trusted = read_file(ca or layout.fleet_ca, FLEET_CERTIFICATE_BYTES)
-        with tpm(layout) as hardware:
+        with opening.hardware(layout) as hardware:
             joined = membership.join(hardware, layout, read_file(answer, _NEWS_BYTES), trusted, int(time.time()))
             epoch = hardware.epoch()
         ends = format_time(joined.not_after)
@@ -123,7 +123,7 @@ def evidence(to: Path, pcrs: str | None, event_log: Path | None, root: Path, as_
     config = host_config.load(layout.host)
     log = read_event_log(event_log, config.tpm)
     numbers = chosen_pcrs(pcrs, config.tpm)
-    with tpm(layout) as hardware:
+    with opening.hardware(layout) as hardware:
         made = report.make(hardware, layout.host_keys, numbers, log)
     write_file(to, made)
     if as_json:

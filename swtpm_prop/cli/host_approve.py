@@ -14,9 +14,9 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from swtpm_prop import host_config
 from swtpm_prop.attest import report
 from swtpm_prop.cli import host_events, output, passphrase
-from swtpm_prop.cli.host_tpm import chosen_pcrs, event_log_option, pcrs_option, read_event_log, tpm
+from swtpm_prop.cli.host_tpm import chosen_pcrs, event_log_option, pcrs_option, read_event_log
 from swtpm_prop.cli.install import root_option
-from swtpm_prop.custody import approvals
+from swtpm_prop.custody import approvals, opening
 from swtpm_prop.custody.approvals import ApprovalList
 from swtpm_prop.errors import HostError, TrustError, UsageError, printable
 from swtpm_prop.layout import Layout
@@ -136,7 +136,7 @@ def revoke(
 
 def _state_here(layout: Layout, pcrs: str | None, event_log: Path | None) -> State:
     config = host_config.load(layout.host).tpm
-    with tpm(layout) as hardware:
+    with opening.hardware(layout) as hardware:
         values, epoch = hardware.pcrs(chosen_pcrs(pcrs, config)), hardware.epoch()
     log = read_event_log(event_log, config)
     return State("", epoch, values, report.measured(log, values) if log else None)

@@ -12,9 +12,9 @@ import click
 from swtpm_prop import durable, host_config
 from swtpm_prop.attest import report
 from swtpm_prop.cli import host_events, output
-from swtpm_prop.cli.host_tpm import event_log_option, read_event_log, tpm
+from swtpm_prop.cli.host_tpm import event_log_option, read_event_log
 from swtpm_prop.cli.install import root_option
-from swtpm_prop.custody import approvals
+from swtpm_prop.custody import approvals, opening
 from swtpm_prop.custody.approvals import ApprovalList, Difference
 from swtpm_prop.errors import Error, HostError, TrustError, printable
 from swtpm_prop.layout import Layout
@@ -66,7 +66,7 @@ def check(properties: tuple[str, ...], event_log: Path | None, root: Path, as_js
         )
     lists = {uri: approvals.load(layout, trust, uri)[1] for uri in asked}
     wanted = frozenset[int]().union(*(listed.pcrs(uri) for uri, listed in lists.items()))
-    with tpm(layout) as hardware:
+    with opening.hardware(layout) as hardware:
         values, epoch = hardware.pcrs(wanted), hardware.epoch()
     log = _explained(read_event_log(event_log, config), values)
     findings = [_finding(layout, uri, listed, values, epoch, log) for uri, listed in lists.items()]

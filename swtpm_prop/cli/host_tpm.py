@@ -1,4 +1,4 @@
-"""What the verbs of ``swtpm-prop host`` share: this host's TPM, its PCRs and its event log."""
+"""What the verbs of ``swtpm-prop host`` share: PCRs and the event log of this host."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from pathlib import Path
 import click
 
 from swtpm_prop import host_config
-from swtpm_prop.custody.hardware import Hardware
 from swtpm_prop.errors import UsageError
 from swtpm_prop.host_config import TpmConfig
-from swtpm_prop.layout import Layout
 from swtpm_prop.limits import EVENT_LOG_BYTES
 from swtpm_prop.trust.files import read_file
 
@@ -22,11 +20,6 @@ event_log_option = click.option(
     metavar="FILE",
     help="What the firmware measured; default: that of host.toml.",
 )
-
-
-def tpm(layout: Layout) -> Hardware:
-    """This host's TPM, to be used in a ``with``."""
-    return Hardware(host_config.load(layout.host).tpm.tcti, layout.tpm_lock, layout.host_keys)
 
 
 def chosen_pcrs(pcrs: str | None, config: TpmConfig) -> Sequence[int]:

@@ -17,7 +17,6 @@ from swtpm_prop.errors import HostError
 _LAYER = 0x00FF0000
 _OF_TPM = (0x00000000, 0x000B0000, 0x000C0000)
 """From the TPM itself or a resource manager before it."""
-_TCTI = 0x000A0000
 
 _INITIALIZE = 0x100
 _POLICY = 0x126

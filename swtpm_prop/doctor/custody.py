@@ -50,9 +50,9 @@ def tpm(patient: Patient) -> Iterator[Finding]:
         yield problem("host.not-initialised", "this host has no keys in its TPM", "swtpm-prop host init")
     elif patient.live:
         # Imported here because tpm2_pytss takes longer than all other checks, and few hosts need it.
-        from swtpm_prop.custody.hardware import Hardware
+        from swtpm_prop.custody import opening
 
-        with Hardware(host_config.load(patient.layout.host).tpm.tcti, patient.layout.tpm_lock) as hardware:
+        with opening.hardware(patient.layout) as hardware:
             found = hardware.ak_public, hardware.parent_public
         yield ok("host.tpm", f"the host's TPM answers and has this host's {len(found)} keys")
 
@@ -106,8 +106,7 @@ def approvals(patient: Patient) -> Iterator[Finding]:
 
 
 def _judge(patient: Patient, property: str, guests: list[str]) -> Finding:
-    from swtpm_prop.custody import approvals
-    from swtpm_prop.custody.hardware import Hardware
+    from swtpm_prop.custody import approvals, opening
     from swtpm_prop.trust import issuers
 
     layout = patient.layout
@@ -115,7 +114,7 @@ def _judge(patient: Patient, property: str, guests: list[str]) -> Finding:
     who = f"the keys of guest {guests[0]}{others}"
     try:
         public, listed = approvals.load(layout, issuers.load(layout.trust), property)
-        with Hardware(host_config.load(layout.host).tpm.tcti, layout.tpm_lock) as hardware:
+        with opening.hardware(layout) as hardware:
             state, epoch = hardware.pcrs(listed.pcrs(property)), hardware.epoch()
         approvals.authorize(listed, public, property, state)
     except Error as error:
