@@ -128,7 +128,7 @@ def hosts(tmp_path: Path, tpms: list[HardwareTpm]) -> Iterator[Hosts]:
     with hosts.b.serving():
         hosts.agent.start()
         try:
-            assert eventually(lambda: "swtpm_prop_guests_running 1" in hosts.agent.page("/metrics"), 10)
+            assert eventually(lambda: "swtpm_prop_guests_running 1" in hosts.agent.page("/metrics"))
             yield hosts
         finally:
             if hosts.agent.process:
@@ -144,7 +144,7 @@ def test_keeps_the_key_of_a_guest_whose_own_metadata_do_not_let_it_go(
     with hosts.b.serving():
         hosts.agent.start()
         try:
-            assert eventually(lambda: "swtpm_prop_guests_running 1" in hosts.agent.page("/metrics"), 10)
+            assert eventually(lambda: "swtpm_prop_guests_running 1" in hosts.agent.page("/metrics"))
             with pytest.raises(Error) as refused:
                 hosts.fetch()
         finally:
@@ -159,8 +159,8 @@ def test_hands_a_key_on_and_lets_go_of_it(hosts: Hosts) -> None:
     hosts.b.agent.observe(UUID, Event.RUNS)
     hosts.b.agent.settle(UUID)
     # libvirt's test driver cannot migrate, so the guest is still there: paused, for it runs elsewhere
-    assert eventually(lambda: hosts.a.states() == ["yielded"], 10)
-    assert eventually(lambda: "swtpm_prop_halts_total 1" in hosts.agent.page("/metrics"), 10)
+    assert eventually(lambda: hosts.a.states() == ["yielded"])
+    assert eventually(lambda: "swtpm_prop_halts_total 1" in hosts.agent.page("/metrics"))
     assert hosts.b.open() == hosts.key
     assert "host b.example has proved" in hosts.agent.log.read_text()
     assert 'outcome="given"' in hosts.agent.page("/metrics")
@@ -239,7 +239,7 @@ def test_a_killed_agent_goes_on_where_it_was(hosts: Hosts) -> None:
     hosts.b.hook.settle(UUID)
     assert (hosts.a.states(), hosts.b.states()) == (["offered"], ["cancelled"])
     hosts.agent.start()
-    assert eventually(lambda: hosts.a.states() == ["closed"], 10)
+    assert eventually(lambda: hosts.a.states() == ["closed"])
     hosts.b.hook.settle(UUID)
     assert hosts.b.states() == ["closed"]
     assert hosts.a.open() == hosts.key
@@ -320,7 +320,7 @@ def test_silent_peers_keep_nobody_out(hosts: Hosts) -> None:
             silent = stack.enter_context(socket.socket())
             silent.bind(("127.0.0.2", 0))
             silent.connect(("127.0.0.1", hosts.agent.port))
-        assert eventually(lambda: f'{{outcome="turned away"}} {AGENT_PEERS_EACH}' in hosts.agent.page("/metrics"), 10)
+        assert eventually(lambda: f'{{outcome="turned away"}} {AGENT_PEERS_EACH}' in hosts.agent.page("/metrics"))
         hosts.fetch()
         begin = time.monotonic()
         assert hosts.agent.end(signal.SIGTERM) == 0

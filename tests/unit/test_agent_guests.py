@@ -48,7 +48,7 @@ def guests(tmp_path: Path, told: queue.Queue[Happening]) -> Iterator[Guests]:
     (tmp_path / "node.xml").write_text(NODE)
     guests = Guests(f"test://{tmp_path}/node.xml", told.put, Layout())
     guests.start()
-    assert eventually(lambda: guests.connected, 30)
+    assert eventually(lambda: guests.connected)
     yield guests
     guests.stop()
 

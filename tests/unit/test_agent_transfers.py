@@ -85,7 +85,7 @@ def test_what_happens_is_written_down_and_settled_at_once(agent: Transfers, jour
     peer.words = [State.ACTIVATED]
     note(agent, Event.MIGRATED)
     assert state(journal) in (State.MOVED, State.YIELDED, State.RELEASED)
-    assert eventually(lambda: state(journal) is State.YIELDED, 10)
+    assert eventually(lambda: state(journal) is State.YIELDED)
 
 
 def test_a_guest_without_transfers_costs_nothing(agent: Transfers, journal: Journal, peer: Peer) -> None:
@@ -99,7 +99,7 @@ def test_what_is_open_is_tried_again_soon(agent: Transfers, journal: Journal, pe
     journal.begin(OFFERED)
     peer.words = [None, None, State.CLOSED]
     agent.wake(UUID)
-    assert eventually(lambda: state(journal) is State.CLOSED, 10)
+    assert eventually(lambda: state(journal) is State.CLOSED)
     assert len(peer.asked) == 3
 
 
@@ -108,7 +108,7 @@ def test_what_is_open_for_hours_is_tried_on(agent: Transfers, journal: Journal) 
     for _ in range(1100):
         agent._retry(UUID)
     agent.wake(UUID)
-    assert eventually(lambda: state(journal) is State.CLOSED, 10)
+    assert eventually(lambda: state(journal) is State.CLOSED)
     assert eventually(lambda: agent._delays == {})
 
 
@@ -129,9 +129,9 @@ def test_what_was_finished_long_ago_is_forgotten_in_some_rounds(
     stopped = threading.Event()
     running = threading.Thread(target=agent.run, args=(stopped,), daemon=True)
     running.start()
-    assert eventually(lambda: journal.of(OTHER) == [], 10)
+    assert eventually(lambda: journal.of(OTHER) == [])
     long_ago.begin(finished._replace(id="c" * 32, uuid=OTHER))
-    assert eventually(lambda: journal.of(OTHER) == [], 10)
+    assert eventually(lambda: journal.of(OTHER) == [])
     stopped.set()
     running.join()
     assert state(journal) is State.CLOSED
@@ -145,7 +145,7 @@ def test_what_is_open_at_the_start_is_settled(agent: Transfers, journal: Journal
     stopped = threading.Event()
     running = threading.Thread(target=agent.run, args=(stopped,), daemon=True)
     running.start()
-    assert eventually(lambda: {state(journal), state(journal, OTHER)} == {State.CLOSED}, 10)
+    assert eventually(lambda: {state(journal), state(journal, OTHER)} == {State.CLOSED})
     stopped.set()
     running.join()
 
@@ -169,7 +169,7 @@ def test_each_guest_is_settled_by_one_thread_and_several_guests_at_once(
         journal.begin(OFFERED._replace(id=f"{number:032x}", uuid=uuid))
         for _ in range(5):
             agent.wake(uuid)
-    assert eventually(lambda: len(met) >= 2 * len(uuids), 30)
+    assert eventually(lambda: len(met) >= 2 * len(uuids))
     assert counts.samples("failures") == []
 
 
@@ -181,7 +181,7 @@ def test_a_damaged_journal_is_counted_and_stops_nobody_else(
     (Layout(tmp_path).transfers / OTHER / f"{'b' * 32}.json").write_text("{")
     note(agent, Event.RUNS, OTHER)
     note(agent, Event.MIGRATED)
-    assert eventually(lambda: state(journal) is State.CLOSED, 10)
+    assert eventually(lambda: state(journal) is State.CLOSED)
     assert dict(counts.samples("failures"))[("id", "transfer.journal-damaged"),] >= 1
 
 
@@ -189,7 +189,7 @@ def test_a_mistake_leaves_no_guest_to_nobody(agent: Transfers, journal: Journal,
     journal.begin(OFFERED)
     peer.broken = True
     agent.wake(UUID)
-    assert eventually(lambda: bool(counts.samples("failures")), 10)
+    assert eventually(lambda: bool(counts.samples("failures")))
     assert counts.samples("failures")[0][0] == (("id", "agent.failed"),)
     peer.broken = False
-    assert eventually(lambda: state(journal) is State.CLOSED, 10)
+    assert eventually(lambda: state(journal) is State.CLOSED)

@@ -393,7 +393,7 @@ def running_swtpm(directory: Path, log: Path) -> Iterator[None]:
     arguments = ["--tpm2", "--tpmstate", f"dir={state},mode=0600", "--ctrl", f"type=unixio,path={control},mode=0600"]
     with log.open("a") as file, subprocess.Popen(["swtpm", "socket", *arguments], pass_fds=[file.fileno()]) as running:
         try:
-            assert eventually(lambda: control.exists() or running.poll() is not None, 30)
+            assert eventually(lambda: control.exists() or running.poll() is not None)
             assert running.poll() is None
             yield
         finally:

@@ -500,7 +500,7 @@ def rude(fleet: Fleet, act: Callable[[ssl.SSLSocket], None]) -> None:
 
 
 def wait_for_failure(member: Member) -> str:
-    assert eventually(lambda: bool(member.failures), 30)
+    assert eventually(lambda: bool(member.failures))
     return member.failures[-1].id
 
 
