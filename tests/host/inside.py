@@ -78,5 +78,5 @@ def identity(directory: Path, key: str) -> Identity:
     with world_directory() as world, copied(world, directory, key) as tpm:
         tpm.up()
         endorsement = tpm.send(READ_EK)
-        assert endorsement[6:10] == bytes(4), endorsement.hex()
+        assert endorsement[6:10] == bytes(4), f"no endorsement key: {endorsement.hex()}"
         return Identity(endorsement, int.from_bytes(tpm.send(READ_CLOCK)[RESETS], "big"))
