@@ -187,14 +187,14 @@ DESTINATION: dict[State, dict[Event, Step]] = {
     },
     # From here on nothing the source says ends the guest or destroys its key: it may be the host that was fled from.
     S.ACTIVATED: {
-        E.PEER_RELEASED: Step(S.SETTLED),
-        E.PEER_UNKNOWN: Step(S.SETTLED),
+        E.PEER_RELEASED: Step(S.SETTLED, (A.ADOPT_KEY,)),
+        E.PEER_UNKNOWN: Step(S.SETTLED, (A.ADOPT_KEY,)),
         E.PEER_CANCELLED: Step(S.OVERRULED),
         E.PEER_KEPT: Step(S.OVERRULED),
     },
     S.CLAIMED: {
-        E.PEER_RELEASED: Step(S.SETTLED),
-        E.PEER_UNKNOWN: Step(S.SETTLED),
+        E.PEER_RELEASED: Step(S.SETTLED, (A.ADOPT_KEY,)),
+        E.PEER_UNKNOWN: Step(S.SETTLED, (A.ADOPT_KEY,)),
         E.PEER_KEPT: Step(S.OVERRULED),
     },
     S.OVERRULED: {

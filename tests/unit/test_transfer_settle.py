@@ -491,3 +491,22 @@ def test_a_state_on_shared_storage_is_the_destinations(
     migrate(a, b, ONE)
     assert a.states() == ["released"]
     assert (a.opens, a.has_state) == (False, True)
+
+
+def test_a_key_that_could_not_be_adopted_before_the_source_let_go_is_adopted_later(
+    a: SimulatedHost, b: SimulatedHost
+) -> None:
+    hand_over(a, b, ONE)
+    assert b.hook.arrive(UUID) is not None
+    switch_over(a, b)
+    b.layout.keys.write_text("in the way")
+    b.agent.observe(UUID, Event.RUNS)
+    a.agent.observe(UUID, Event.MIGRATED)
+    a.agent.settle(UUID)
+    with pytest.raises(TransferError):
+        b.agent.settle(UUID)
+    assert (a.states(), b.states()) == (["released"], ["settled"])
+    assert b.journal.of(UUID)[0].unfinished
+    b.layout.keys.unlink()
+    b.agent.settle(UUID)
+    assert b.key == key_record("b", 1)
