@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file for root alone (0600); its directory (0700) is made if need be.
+    """Write a file for root alone (0600), as `replace`; its directory (0700) is made if need be.
 
     Raises:
         OSError: nothing has changed then.
@@ -17,13 +17,17 @@ def write(path: Path, data: bytes) -> None:
     replace(path, data, 0o600)
 
 
-def replace(path: Path, data: bytes, mode: int) -> None:
+def replace(path: Path, data: bytes, mode: int, new: Path | None = None) -> None:
     """Put a new file in the place of ``path``, whole or not at all.
+
+    Args:
+        path, data, mode: of the file.
+        new: the name it has until it is whole; None: `leftover`, for who alone writes this file, by a lock.
 
     Raises:
         OSError: nothing has changed then.
     """
-    new = leftover(path)
+    new = new or leftover(path)
     with suppress(FileNotFoundError):
         new.unlink()
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

@@ -80,9 +80,13 @@ def known_here(uri: str) -> dict[str, str]:
     Raises:
         DomainError: ``domain.libvirt``, ``domain.remote``.
     """
-    host = urlsplit(uri).hostname
-    if host:
-        raise DomainError("domain.remote", f"the libvirt of {host} does not know this host's guests", "run this there")
+    parts = urlsplit(uri)
+    if parts.hostname or parts.path == "/session":
+        raise DomainError(
+            "domain.remote",
+            f"the libvirt at '{uri}' does not know this host's guests",
+            f"--connect {LOCAL}, on this host",
+        )
     libvirt.registerErrorHandler(lambda *_: None, None)
     try:
         return {domain.UUIDString(): domain.name() for domain in libvirt.open(uri).listAllDomains()}

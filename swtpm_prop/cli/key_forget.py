@@ -40,9 +40,10 @@ def forget(ctx: click.Context, guest: str, uri: str, leave_state: bool, yes: boo
     with journal.locked(uuid):
         # Again: while somebody thought about it, the guest may have been defined anew or have been on its way here.
         _check_gone(uuid, uri, leave_state, layout)
-        keys.destroy(uuid, layout)
-        # A former host that asks hears from now on that the guest is not here: it may be begun anew there.
+        # A former host that asks hears from now on that the guest is not here: it may be begun anew there. The key goes
+        # last: without it nothing is found here to forget, if this is cut off.
         journal.forget(uuid)
+        keys.destroy(uuid, layout)
     if as_json:
         output.print_json({"guest": uuid, "forgotten": True})
     else:

@@ -26,6 +26,7 @@ MEANING = {
         State.MOVED: "the guest has left for the peer, which has not said yet that it runs",
         State.YIELDED: "the guest runs at the peer; what is left of it here must end: virsh destroy, if it stays",
         State.RELEASED: "the guest is with the peer; its key and TPM state are destroyed here",
+        State.RETURNING: "the guest was with the peer; it was to come back without custody, and did not run here yet",
         State.KEPT: "you said that the guest is here; the peer is not known to know",
         State.CANCELLED: "the guest stayed here; the peer is not known to know",
         State.CLOSED: "the guest stayed here",

@@ -166,7 +166,7 @@ def keys_in_memory(patient: Patient) -> Iterator[Finding]:
             yield warning("custody.key-left", what, f"start the guest; or remove {path.parent} while it is off")
         else:
             what = f"the arrival of a guest was cut off, and its key still lies in {path}"
-            yield warning("custody.key-left", what, f"start swtpm-prop's agent, which removes it; or remove {path}")
+            yield warning("custody.key-left", what, f"see that swtpm-prop's agent runs, then remove {path}")
 
 
 def agent(patient: Patient) -> Iterator[Finding]:

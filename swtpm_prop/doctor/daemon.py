@@ -49,21 +49,23 @@ def _judge(patient: Patient, daemon: Daemon) -> Finding:
 
 def running() -> Iterator[Daemon]:
     """libvirt's daemons in this mount namespace (those of containers have a file system of their own)."""
-    return _processes(lambda name, _: name in DAEMONS)
+    return _processes("mnt", lambda name, _: name in DAEMONS)
 
 
 def agents() -> Iterator[Daemon]:
-    """The product's own agents in this mount namespace."""
+    """The product's own agents. Their unit gives them a mount namespace; what a container has, is its own processes."""
     # An interpreter runs the script, whose first argument is the noun.
-    return _processes(lambda _, words: any(a.endswith("/swtpm-prop") and b == "agent" for a, b in pairwise(words)))
+    script = "/swtpm-prop"
+    return _processes("pid", lambda _, words: any(a.endswith(script) and b == "agent" for a, b in pairwise(words)))
 
 
-def _processes(wanted: Callable[[str, list[str]], bool]) -> Iterator[Daemon]:
+def _processes(namespace: str, wanted: Callable[[str, list[str]], bool]) -> Iterator[Daemon]:
+    own = Path("/proc/self/ns", namespace).readlink()
     for pid in (entry for entry in Path("/proc").iterdir() if entry.name.isdecimal()):
         try:
             name = (pid / "comm").read_text().rstrip("\n")
             words = os.fsdecode((pid / "cmdline").read_bytes()).split("\0")
-            if not wanted(name, words) or (pid / "ns/mnt").readlink() != Path("/proc/self/ns/mnt").readlink():
+            if not wanted(name, words) or (pid / "ns" / namespace).readlink() != own:
                 continue
             yield Daemon(name, int(pid.name), _environ(pid).get("PATH", ""), _started(pid))
         except (FileNotFoundError, ProcessLookupError, PermissionError):

@@ -169,7 +169,9 @@ def gate(uuid: str, property: str | None, transfer: str, layout: Layout) -> Arri
     # Another start of the same guest must not pass for the one that receives it, and run while the source's runs.
     arriving = settler.arrive(uuid) if newest and newest[0].id == transfer else None
     returns = property is None and comes_back(uuid, transfer, settler.journal)
-    if arriving is None and not returns:
+    if returns:
+        settler.come_back(uuid)
+    elif arriving is None:
         settler.gate(uuid)
     return arriving
 

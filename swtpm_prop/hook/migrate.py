@@ -21,9 +21,10 @@ from swtpm_prop.transfer.settle import Eyes, Settler
 from swtpm_prop.transfer.speaker import Speaker
 
 ELSEWHERE = frozenset(
-    {"transfer.unreachable", "transfer.no-key", "transfer.not-running", "transfer.elsewhere", "transfer.self"}
+    {"transfer.unreachable", "transfer.tls", "transfer.connection"}
+    | {"transfer.no-key", "transfer.not-running", "transfer.elsewhere", "transfer.self"}
 )
-"""Refusals by which a host says no more than that the guest is not there: the next may be asked."""
+"""What says no more than that the guest is not there, or not even that: the next host may be asked."""
 
 EYES = Eyes(
     lambda uuid: Presence.PRESENT if processes.has_qemu(uuid) else Presence.GONE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from swtpm_prop.domain import arrival
 from swtpm_prop.layout import Layout
 from swtpm_prop.transfer.journal import Journal
-from swtpm_prop.transfer.machine import State
+from swtpm_prop.transfer.machine import left
 
 _BACK = "back-{}"
 
@@ -34,4 +34,4 @@ def comes_back(uuid: str, note: str, journal: Journal) -> bool:
 
 def _back(uuid: str, journal: Journal) -> str:
     gone = journal.counting(uuid)
-    return _BACK.format(gone.id) if gone and gone.state is State.RELEASED else ""
+    return _BACK.format(gone.id) if gone and left(gone.state) else ""

@@ -15,7 +15,7 @@ from swtpm_prop.custody import locks
 from swtpm_prop.errors import TransferError, TrustError
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import JOURNAL_BYTES, JOURNAL_DAYS, JOURNAL_LOCK_SECONDS
-from swtpm_prop.transfer.machine import GATES, TABLE, UNFINISHED, Gate, Side, State, speaks
+from swtpm_prop.transfer.machine import GATES, TABLE, UNFINISHED, Gate, Side, State, left, speaks
 from swtpm_prop.transfer.messages import is_id, is_uuid
 from swtpm_prop.trust.files import read_file
 
@@ -145,7 +145,7 @@ class Journal:
         # In this order: an older one that stayed would speak for the guest again.
         for transfer in reversed(self.of(uuid)):
             old = self.now() - transfer.since > JOURNAL_DAYS * 86400
-            if transfer.unfinished or not old or (transfer == sign and transfer.state is State.RELEASED):
+            if transfer.unfinished or not old or (transfer == sign and left(transfer.state)):
                 return
             self.remove(transfer)
 
@@ -155,7 +155,7 @@ class Journal:
         The sign of where a guest went stays: without it the definition that was left behind would start it anew.
         """
         sign = self.counting(uuid)
-        if sign is None or sign.state is not State.RELEASED:
+        if sign is None or not left(sign.state):
             for transfer in reversed(self.of(uuid)):
                 self.remove(transfer)
 

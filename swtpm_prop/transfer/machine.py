@@ -27,6 +27,7 @@ class State(StrEnum):
     MOVED = "moved"  # the guest was seen to leave for the destination
     YIELDED = "yielded"  # the destination says that it runs the guest; its process here is not seen to be gone yet
     RELEASED = "released"  # it has gone: key and TPM state are destroyed here; stays as the sign of where it went
+    RETURNING = "returning"  # as released; it may be coming back without custody, hence without a transfer
     KEPT = "kept"  # as cancelled, by an operator's word
     # The destination's.
     ASKED = "asked"  # the key is asked for, not here
@@ -58,6 +59,7 @@ class Event(StrEnum):
     IMPORT = "import"  # the key is in this host's TPM
     ARRIVE = "arrive"  # libvirt starts the process that receives the guest
     ABANDON = "abandon"  # the migration ended before that
+    RETURN = "return"  # libvirt starts the process that receives the guest which left in custody and is not any more
     SUPERSEDE = "supersede"  # the same destination asks anew; it does so only when it has given up what it had
     # The operator's word: where the guest is. Nothing of it runs or will be started on the other side.
     HERE = "here"
@@ -133,7 +135,11 @@ SOURCE: dict[State, dict[Event, Step]] = {
     },
     S.RELEASED: {
         E.HERE: Step(S.SETTLED),
-        E.RUNS: Step(S.SETTLED),  # it came back without custody, hence without a transfer
+        E.RETURN: Step(S.RETURNING),
+    },
+    S.RETURNING: {
+        E.HERE: Step(S.SETTLED),
+        E.RUNS: Step(S.SETTLED),
     },
     S.CANCELLED: {
         E.SUPERSEDE: Step(S.CLOSED),
@@ -222,6 +228,7 @@ GATES: dict[Side, dict[State, Gate]] = {
         S.MOVED: Gate.ASK_THEN_REFUSE,
         S.YIELDED: Gate.REFUSE,
         S.RELEASED: Gate.REFUSE,
+        S.RETURNING: Gate.REFUSE,
         S.CANCELLED: Gate.START,
         S.KEPT: Gate.START,
         S.CLOSED: Gate.START,
@@ -297,6 +304,7 @@ _HEARD: dict[Side, dict[State, Event]] = {
     Side.DESTINATION: {
         S.MOVED: E.PEER_MOVED,
         S.RELEASED: E.PEER_RELEASED,
+        S.RETURNING: E.PEER_RELEASED,
         S.SETTLED: E.PEER_RELEASED,
         S.KEPT: E.PEER_KEPT,
         S.CANCELLED: E.PEER_CANCELLED,
@@ -340,4 +348,9 @@ def may_offer(gate: Gate) -> bool:
 
 def may_ask(side: Side, state: State) -> bool:
     """Whether the guest may be fetched while this transfer of it is the one that counts."""
-    return may_offer(GATES[side][state]) or state is S.RELEASED
+    return may_offer(GATES[side][state]) or left(state)
+
+
+def left(state: State) -> bool:
+    """Whether the transfer is the sign of where the guest went from here."""
+    return state in (S.RELEASED, S.RETURNING)

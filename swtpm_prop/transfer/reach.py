@@ -61,13 +61,19 @@ def _connect(places: Sequence[Place], ends: float) -> socket.socket:
     """Try one after the other; each leaves the later ones their share of the time."""
     failed = OSError("its name leads nowhere")
     for number, (family, kind, protocol, _, address) in enumerate(places):
-        connection = socket.socket(family, kind, protocol)
+        share = max(0.0, ends - time.monotonic()) / (len(places) - number)
         try:
-            connection.settimeout(max(0.0, ends - time.monotonic()) / (len(places) - number))
-            connection.connect(address)
+            return _connected(socket.socket(family, kind, protocol), address, share)
         except OSError as error:
-            connection.close()
             failed = error
-        else:
-            return connection
     raise failed
+
+
+def _connected(connection: socket.socket, address: tuple[Any, ...], seconds: float) -> socket.socket:
+    try:
+        connection.settimeout(seconds)
+        connection.connect(address)
+    except OSError:
+        connection.close()
+        raise
+    return connection

@@ -108,6 +108,17 @@ class Settler:
             self.settle(uuid)
         self._check_place(uuid)
 
+    def come_back(self, uuid: str) -> None:
+        """Let the start pass that receives a guest which left here in custody and is not in custody any more.
+
+        Raises:
+            TransferError: the journal cannot be used; ``transfer.action``: what its leaving obliged to cannot be done.
+        """
+        with self.journal.locked(uuid):
+            # Done later it would destroy what the guest brings.
+            self._do_all_due(uuid)
+            self._step(self._counting(uuid), Event.RETURN)
+
     # -- the key changes hosts ------------------------------------------------------------------
 
     def make_room(self, uuid: str, peer: str) -> None:
@@ -204,8 +215,7 @@ class Settler:
                 answers |= self._settle(transfer)
         if transfers:
             with self.journal.locked(uuid):
-                for transfer in self.journal.of(uuid):
-                    self._do_due(transfer)
+                self._do_all_due(uuid)
                 self.journal.prune(uuid)
         return answers
 
@@ -339,8 +349,7 @@ class Settler:
         if not self.journal.of(uuid):
             return
         with self.journal.locked(uuid):
-            for transfer in self.journal.of(uuid):
-                self._do_due(transfer)
+            self._do_all_due(uuid)
             if not machine.may_offer(self.journal.gate(uuid)):
                 raise elsewhere(self._counting(uuid))
 
@@ -355,6 +364,10 @@ class Settler:
             with suppress(Error):
                 self._do(transfer, step.actions)
         return transfer
+
+    def _do_all_due(self, uuid: str) -> None:
+        for transfer in self.journal.of(uuid):
+            self._do_due(transfer)
 
     def _do_due(self, transfer: Transfer) -> Transfer:
         if not transfer.due:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,13 +40,13 @@ def read_file(path: Path, most: int) -> bytes:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write the file, readable for all, or leave what was there.
+    """Write the file, readable for all, or leave what was there; of several who do so at once, one comes last.
 
     Raises:
         TrustError: ``trust.file-unwritable``.
     """
     try:
-        durable.replace(path, data, 0o644)
+        durable.replace(path, data, 0o644, path.with_name(f".{path.name}.{secrets.token_hex(4)}"))
     except (OSError, ValueError) as error:
         raise TrustError(
             "trust.file-unwritable",

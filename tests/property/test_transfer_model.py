@@ -266,7 +266,8 @@ def test_all_of_it_is_explored() -> None:
     assert len(explored()) > 1000
     for side in Side:
         reached = {world.source if side is SOURCE else world.destination for world in explored()}
-        assert reached - {None} == machine.TABLE[side].keys()
+        # What comes back without custody is no transfer's business.
+        assert reached - {None} == machine.TABLE[side].keys() - {S.RETURNING}
 
 
 def test_never_may_both_start() -> None:

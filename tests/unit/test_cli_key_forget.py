@@ -98,7 +98,12 @@ def test_not_of_a_guest_that_libvirt_has(layout: Layout, guest: libvirt.virDomai
 
 
 @pytest.mark.parametrize(
-    ("uri", "id"), [("test:///no/such/file", "domain.libvirt"), ("qemu+ssh://beta.example/system", "domain.remote")]
+    ("uri", "id"),
+    [
+        ("test:///no/such/file", "domain.libvirt"),
+        ("qemu+ssh://beta.example/system", "domain.remote"),
+        ("qemu:///session", "domain.remote"),
+    ],
 )
 def test_not_if_nobody_can_tell_whether_libvirt_has_the_guest(layout: Layout, uri: str, id: str) -> None:
     assert refused(layout, "forget", UUID, "--yes", uri=uri) == id

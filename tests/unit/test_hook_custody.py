@@ -442,8 +442,9 @@ def test_a_guest_that_left_in_custody_comes_back_without(
     assert host.hook("migrate", plain) == 0
     sys.stdout.flush()
     xml = capfdbinary.readouterr().out
-    assert host.hook("prepare", xml) == 0
-    assert handed_over(host) is None
+    for _ in range(2):
+        assert host.hook("prepare", xml) == 0
+        assert handed_over(host) is None
     # Not yet: what left its definition here would start anew with an empty TPM if this migration failed.
     assert host.hook("prepare", plain) == 1
     settler = Settler(host.layout, Journal(host.layout), HOOK, _nobody)

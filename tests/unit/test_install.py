@@ -288,14 +288,16 @@ def test_the_command_line_says_what_it_did_and_what_is_left(root: Path, words: l
     assert "Left to you:" in said.output
 
 
-def test_an_agent_that_runs_from_an_earlier_release_is_named(tmp_path: Path) -> None:
+@pytest.mark.root
+@pytest.mark.parametrize("within", [[], ["unshare", "--mount"]], ids=["by hand", "in the namespace of its unit"])
+def test_an_agent_that_runs_from_an_earlier_release_is_named(tmp_path: Path, within: list[str]) -> None:
     program, package = tmp_path / "swtpm-prop", tmp_path / "package/within"
     program.write_text(f"#!{sys.executable}\nimport time; print(flush=True); time.sleep(60)\n")
     program.chmod(0o755)
     package.mkdir(parents=True)
     (package / "there.py").touch()
     time.sleep(0.1)  # processes start at ticks of 10 ms
-    with subprocess.Popen([program, "agent"], stdout=subprocess.PIPE) as agent:
+    with subprocess.Popen([*within, program, "agent"], stdout=subprocess.PIPE) as agent:
         assert agent.stdout
         agent.stdout.readline()
         named = f": process {agent.pid} is of an earlier release"

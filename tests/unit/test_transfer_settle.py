@@ -100,7 +100,7 @@ def test_back_although_the_source_never_heard_that_it_was_activated(
     assert (a.states(), b.states()) == (["moved"], ["activated"])
     network.down.clear()
     migrate(b, a, TWO)
-    assert a.states() == ["settled", "settled"]
+    assert a.states() == ["settled", "released"]
     assert a.key is not None
     assert a.key.epoch == 2
     assert a.has_state
@@ -374,6 +374,38 @@ def test_the_sign_of_where_a_guest_went_is_not_forgotten(a: SimulatedHost, b: Si
     migrate(a, b, ONE)
     a.journal.forget(UUID)
     assert a.states() == ["released"]
+
+
+def test_a_guest_comes_back_without_custody_over_nothing_that_is_still_to_be_done(
+    a: SimulatedHost, b: SimulatedHost
+) -> None:
+    """The host lost its power when the release was written down, and not yet done."""
+    migrate(a, b, ONE)
+    (released,) = a.journal.of(UUID)
+    a.journal.save(released._replace(due=True))
+    a.write_state()
+    a.hook.come_back(UUID)
+    assert not a.has_state
+    a.write_state()
+    a.agent.settle(UUID)
+    a.agent.observe(UUID, Event.RUNS)
+    a.agent.settle(UUID)
+    assert a.has_state
+    assert a.states() == ["settled"]
+    a.hook.gate(UUID)
+
+
+def test_only_a_guest_that_comes_back_lifts_a_release(a: SimulatedHost, b: SimulatedHost) -> None:
+    migrate(a, b, ONE)
+    a.agent.observe(UUID, Event.RUNS)
+    assert a.states() == ["released"]
+    a.hook.come_back(UUID)
+    assert refused(a).id == "transfer.elsewhere"
+    a.hook.observe(UUID, Event.GONE)
+    assert a.states() == ["returning"]
+    a.hook.come_back(UUID)
+    hand_over(b, a, TWO)
+    assert a.states() == ["imported", "returning"]
 
 
 def test_a_key_arrives_once(a: SimulatedHost, b: SimulatedHost) -> None:
