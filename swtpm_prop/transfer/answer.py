@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Callable, Generator
 from typing import NamedTuple
 
@@ -73,7 +73,7 @@ def answer(ask: Ask, ends: Ends, source: Source, settler: Settler) -> Generator[
     # 2
     record = _kept(ask.uuid, source)
     # 3
-    challenge = Challenge(secrets.token_bytes(NONCE_BYTES), record.epoch, record.property)
+    challenge = Challenge(os.urandom(NONCE_BYTES), record.epoch, record.property)
     proof = yield challenge
     if not isinstance(proof, Proof):
         raise out_of_turn(proof)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 import shlex
 from collections.abc import Callable, Generator
 from typing import NamedTuple, TypeVar
@@ -42,7 +42,7 @@ def new(uuid: str, endpoint: str) -> Ask:
         uuid: of the guest.
         endpoint: ``host:port`` of this host's agent.
     """
-    return Ask(secrets.token_hex(ID_BYTES), uuid, secrets.token_bytes(NONCE_BYTES), endpoint)
+    return Ask(os.urandom(ID_BYTES).hex(), uuid, os.urandom(NONCE_BYTES), endpoint)
 
 
 def fetch(

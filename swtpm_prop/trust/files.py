@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +45,7 @@ def write_file(path: Path, data: bytes) -> None:
         TrustError: ``trust.file-unwritable``.
     """
     try:
-        durable.replace(path, data, 0o644, path.with_name(f".{path.name}.{secrets.token_hex(4)}"))
+        durable.replace(path, data, 0o644, path.with_name(f".{path.name}.{os.urandom(4).hex()}"))
     except (OSError, ValueError) as error:
         raise TrustError(
             "trust.file-unwritable",
