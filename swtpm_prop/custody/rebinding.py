@@ -29,11 +29,17 @@ def rebind(uuid: str, property: str | None, accept_plain: bool, layout: Layout) 
         layout: of this host.
 
     Raises:
-        HostError: ``custody.no-record``, ``custody.authority-gone``; HostError, TrustError: as `opening.seal`.
+        HostError: ``custody.no-record``, ``custody.not-plain``, ``custody.authority-gone``; HostError, TrustError: as
+            `opening.seal`.
     """
     record = keys.load(uuid, layout)
     if record is None:
         raise without_record(uuid)
+    if accept_plain and form(layout.guest_tpm(uuid)) is not Form.PLAIN:
+        # The key would not count as bound any more, and a guest whose key does not may not migrate.
+        raise HostError(
+            "custody.not-plain", "the guest has no plain TPM state here", "'key rebind' without --accept-plain"
+        )
     with opening.hardware(layout) as tpm:
         key = _open_as_sealed(record, tpm, layout)
         sealed = opening.seal(key, uuid, property or record.property, tpm, layout, record.epoch)

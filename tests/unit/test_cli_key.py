@@ -241,6 +241,7 @@ def test_rebind_wraps_to_the_recovery_keys_of_now(host: CustodyHost) -> None:
         (["rebind", UUID, "--property", "https://example.org/hosts/unapproved"], "host.nothing-approved"),
         (["rebind", UUID, "--property", "https://elsewhere.example/"], "approvals.no-authority"),
         (["rebind", UUID.replace("a", "b")], "custody.no-record"),
+        (["rebind", UUID, "--accept-plain"], "custody.not-plain"),
     ],
 )
 def test_a_rebind_that_would_lock_the_guest_out_changes_nothing(host: CustodyHost, argv: list[str], id: str) -> None:
