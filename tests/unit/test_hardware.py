@@ -23,6 +23,8 @@ from swtpm_prop.errors import HostError
 from swtpm_prop.limits import EPOCH_STEPS
 from swtpm_prop.trust import keys
 
+pytestmark = pytest.mark.root
+
 APPROVED = "https://example.org/properties/approved-host"
 OTHER = "https://example.org/properties/other-host"
 KEY = bytes(range(100, 132))

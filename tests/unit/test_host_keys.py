@@ -24,6 +24,8 @@ from swtpm_prop.custody.objects import ImportBlob, Sealed
 from swtpm_prop.custody.tss2 import OWNER, KeyFile
 from swtpm_prop.errors import HostError
 
+pytestmark = pytest.mark.root
+
 SECRET = bytes(range(32))
 BOTH = (PARENT, AK)
 each = pytest.mark.parametrize("key", BOTH, ids=["parent", "ak"])

@@ -34,6 +34,8 @@ from swtpm_prop.transfer.machine import Event, Presence, State
 from swtpm_prop.transfer.messages import Ask, Challenge, Key, Proof, Report
 from swtpm_prop.trust.strict_json import Object
 
+pytestmark = pytest.mark.root
+
 DAY = 86400
 
 
