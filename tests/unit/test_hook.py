@@ -294,8 +294,9 @@ def test_the_swtpm_user_is_the_one_of_qemu_conf(host: Layout) -> None:
     assert swtpm_account(host).uid == pwd.getpwnam("tss").pw_uid
 
 
-def test_the_module_ends_quietly_for_other_operations() -> None:
-    argv = [sys.executable, "-m", "swtpm_prop.hook", "g", "reconnect", "begin", "-"]
+def test_the_program_ends_quietly_for_other_operations() -> None:
+    entry = "from swtpm_prop.hook.entry import main; main()"
+    argv = [sys.executable, "-c", entry, "g", "reconnect", "begin", "-"]
     environment = {"PYTHONPATH": str(Path(swtpm_prop.__file__).parents[1])}
     done = subprocess.run(argv, input=domain(), capture_output=True, check=False, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")

@@ -13,6 +13,7 @@ import pytest
 from swtpm_prop.hook.script import render
 from swtpm_prop.layout import Layout
 
+ENTRY = "from swtpm_prop.hook.entry import main; main()"
 UUID = "aaaaaaaa-0000-4000-8000-000000000001"
 PLAIN = (
     f"<domain id='1'>\n  <name>g</name>\n  <uuid>{UUID}</uuid>\n  <description>&lt;uuid&gt;x</description>\n</domain>\n"
@@ -82,7 +83,7 @@ def hook(tmp_path: Path) -> Hook:
 def test_an_opted_in_guest_goes_to_python_with_its_xml_on_a_pipe(hook: Hook, operation: str) -> None:
     done = hook.call(operation, OPTED_IN)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert hook.seen() == (["-I", "-m", "swtpm_prop.hook", "g", operation, "begin", "-"], OPTED_IN)
+    assert hook.seen() == (["-I", "-c", ENTRY, "g", operation, "begin", "-"], OPTED_IN)
 
 
 @pytest.mark.parametrize("operation", ["prepare", "release", "migrate"])
