@@ -27,6 +27,7 @@ class Layout:
         self.run = root / "run/swtpm-prop"
         self.arriving = self.run / "arriving"
         self.tpm_lock = self.run / "tpm.lock"
+        self.agent_socket = self.run / "agent.socket"
         self.logs = root / "var/log/swtpm-prop"
         self.libexec = root / "usr/libexec/swtpm-prop"
         self.hook = root / "etc/libvirt/hooks/qemu.d/swtpm-prop"

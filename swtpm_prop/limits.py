@@ -305,6 +305,12 @@ FETCH_SECONDS = 30
 """Longest a hook asks other hosts for a key, all together; it takes 0.3 s, and 3 s when ten guests come at once.
 AGENT_TALK_SECONDS of these are left to the talk with the host that has it."""
 
+GREETING_SECONDS = 1
+"""How long a hook waits for this host's agent to greet before it does the work itself; it takes a millisecond."""
+
+LET_IN_SECONDS = 60
+"""Longest the agent works for a hook: FETCH_SECONDS, and the time that others may hold the host's TPM."""
+
 REACH_SECONDS = 1.5
 """Least to connect to each of several hosts: a first packet that is lost is sent again after 1 s (RFC 6298, 2.1)."""
 

@@ -120,7 +120,12 @@ class CustodyHost:
 
 
 def domain(
-    custody: str | None = APPROVED, *, opted_in: bool = True, backend: str = "", migration: bool = False
+    custody: str | None = APPROVED,
+    *,
+    opted_in: bool = True,
+    backend: str = "",
+    migration: bool = False,
+    uuid: str = UUID,
 ) -> bytes:
     """The XML of a guest."""
     inner = f"<p:bank algorithm='sha384' pcrs='4'><p:property uri='{BOOT}'/></p:bank>"
@@ -128,7 +133,7 @@ def domain(
     inner += "<p:migration allow='attested'/>" if migration else ""
     vtpm = f"<p:vtpm xmlns:p='urn:swtpm-prop:domain:1'>{inner}</p:vtpm>" if opted_in else ""
     return (
-        f"<domain><name>g</name><uuid>{UUID}</uuid><metadata>{vtpm}</metadata><devices><tpm>"
+        f"<domain><name>g</name><uuid>{uuid}</uuid><metadata>{vtpm}</metadata><devices><tpm>"
         f"<backend type='emulator' version='2.0'>{backend}</backend></tpm></devices></domain>"
     ).encode()
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 from swtpm_prop import __version__, host_config
-from swtpm_prop.agent import metrics
+from swtpm_prop.agent import door, metrics
 from swtpm_prop.agent.guests import Guests, Happening
 from swtpm_prop.agent.metrics import Counts, Family, render
 from swtpm_prop.agent.server import Server
@@ -26,7 +26,7 @@ from swtpm_prop.custody.keys import KeyRecord
 from swtpm_prop.domain.stamp import Stamp, to_xml
 from swtpm_prop.errors import Error, HostError
 from swtpm_prop.layout import Layout
-from swtpm_prop.limits import AGENT_END_SECONDS, AGENT_PEERS_WAITING
+from swtpm_prop.limits import AGENT_END_SECONDS, AGENT_PEERS_WAITING, AGENT_TALK_SECONDS, LET_IN_SECONDS
 from swtpm_prop.transfer import host
 from swtpm_prop.transfer.answer import Source
 from swtpm_prop.transfer.journal import Journal
@@ -87,8 +87,12 @@ class Agent:
         with ExitStack() as stack:
             listener = stack.enter_context(_listen(self._config.listen))
             scraped = stack.enter_context(_listen(self._config.metrics))
+            knocked = stack.enter_context(door.listening(self._layout))
+            knocked.settimeout(_GLANCE)
             talker = Talker(self._speaker, self._source(), self._settler, self._counts)
-            server = Server(listener, talker.talk, self._counts)
+            server = Server(listener, talker.talk, AGENT_TALK_SECONDS, self._connected("peers"))
+            inside = door.Door(self._layout, self._speaker, self._counts)
+            hooks = Server(knocked, inside.talk, LET_IN_SECONDS, self._connected("hooks"))
             pages = {"/metrics": lambda: (200, render(self._families(server))), "/health": self._health}
             self._guests.start()
             bodies: tuple[Callable[[threading.Event], None], ...] = (
@@ -97,6 +101,7 @@ class Agent:
                 self._stamper.run,
                 lambda stopped: metrics.serve(scraped, pages, stopped),
                 server.run,
+                hooks.run,
             )
             for body in bodies:
                 threading.Thread(target=body, args=(stopped,), daemon=True).start()
@@ -106,6 +111,7 @@ class Agent:
             ending()
             self._transfers.finish()
             server.finish(AGENT_END_SECONDS)
+            hooks.finish(AGENT_END_SECONDS)
             self._guests.stop()
         if failures:
             raise HostError("agent.failed", f"a part of the agent failed, {failures[0]}", "report this; start it again")
@@ -159,6 +165,9 @@ class Agent:
 
         return source._replace(judge=judge)
 
+    def _connected(self, who: str) -> Callable[[str], None]:
+        return lambda outcome: self._counts.count(who, outcome=outcome)
+
     # -- what people see ------------------------------------------------------------------------
 
     def _health(self) -> tuple[int, str]:
@@ -201,6 +210,8 @@ class Agent:
 
 _COUNTED = {
     "peers": "Connections of other hosts, by what became of them.",
+    "hooks": "Connections of this host's hooks, by what became of them.",
+    "arrivals": "Guests that hooks of this host were to let in, by what became of them.",
     "answers": "Talks with other hosts, by what became of them.",
     "failures": "What went wrong while transfers were settled, by id.",
     "halts": "Guests paused because they run on another host.",

@@ -1,4 +1,4 @@
-"""The one port for other hosts: a thread for each peer, few of them, none for long."""
+"""A port that others connect to: a thread for each peer, few of them, none for long."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from swtpm_prop.agent.metrics import Counts
-from swtpm_prop.limits import AGENT_PEERS, AGENT_PEERS_EACH, AGENT_TALK_SECONDS
+from swtpm_prop.limits import AGENT_PEERS, AGENT_PEERS_EACH
 
 Talk = Callable[[socket.socket], None]
 """Says all that is to be said to one connected peer, and closes it; raises nothing."""
@@ -24,13 +23,15 @@ class Server:
     Args:
         listener: a listening socket with a time-out, which is how soon it sees that it is stopped.
         talk: see `Talk`.
-        counts: counts ``peers`` by outcome.
+        seconds: longest that a talk may take.
+        tell: is told what became of a connection: ``admitted``, ``turned away``, and then perhaps ``too slow``.
     """
 
-    def __init__(self, listener: socket.socket, talk: Talk, counts: Counts) -> None:
+    def __init__(self, listener: socket.socket, talk: Talk, seconds: float, tell: Callable[[str], None]) -> None:
         self._listener = listener
         self._talk = talk
-        self._counts = counts
+        self._seconds = seconds
+        self._tell = tell
         self._lock = threading.Lock()
         self._talks: dict[threading.Thread, tuple[socket.socket, str]] = {}
 
@@ -45,7 +46,8 @@ class Server:
                 # Out of descriptors or memory: the ones in hand end soon.
                 stopped.wait(0.1)
                 continue
-            self._admit(peer, str(address[0]))
+            # One on this host, by a socket in its files, has none.
+            self._admit(peer, str(address[0]) if address else "")
 
     def finish(self, seconds: float) -> None:
         """Wait for the talks in hand, then cut off what is left."""
@@ -71,14 +73,14 @@ class Server:
         except (OSError, RuntimeError):
             # Out of descriptors or threads: as where there is no room.
             admitted = False
-        self._counts.count("peers", outcome="admitted" if admitted else "turned away")
+        self._tell("admitted" if admitted else "turned away")
         if not admitted:
             peer.close()
 
     def _begin(self, peer: socket.socket, address: str) -> bool:
         # A second handle on the connection, to end it by: TLS takes the first one over.
         handle = peer.dup()
-        watch = threading.Timer(AGENT_TALK_SECONDS, self._late, (handle,))
+        watch = threading.Timer(self._seconds, self._late, (handle,))
         watch.daemon = True
         thread = threading.Thread(target=self._serve, args=(peer, watch), name=f"peer {address}", daemon=True)
         with self._lock:
@@ -104,7 +106,7 @@ class Server:
             handle.close()
 
     def _late(self, handle: socket.socket) -> None:
-        self._counts.count("peers", outcome="too slow")
+        self._tell("too slow")
         _cut(handle)
 
 

@@ -27,12 +27,14 @@ class Identity(NamedTuple):
     Attributes:
         uuid: the guest's UUID in lower case, as libvirt writes it; empty if the XML has none.
         concerned: an element or attribute is in a namespace of ours, other than the agent's stamp.
+        custody: such an element asks for custody, rightly or not.
         stamp: the attributes of the agent's stamp; empty where the metadata has none, or several.
         name: the guest's name, which may be anything without a slash or a line's end.
     """
 
     uuid: str
     concerned: bool
+    custody: bool = False
     stamp: Mapping[str, str] = MappingProxyType({})
     name: str = ""
 
@@ -51,7 +53,7 @@ def scan(xml: bytes, most: int = DOMAIN_XML_BYTES) -> Identity:
     found.run(xml)
     uuid = "".join(found.uuid).strip()
     stamp = found.stamps[0] if len(found.stamps) == 1 else {}
-    return Identity(uuid if UUID.fullmatch(uuid) else "", found.concerned, stamp, "".join(found.name))
+    return Identity(uuid if UUID.fullmatch(uuid) else "", found.concerned, found.custody, stamp, "".join(found.name))
 
 
 def identify(xml: bytes) -> Identity:
@@ -75,6 +77,7 @@ class _Scan:
 
     def __init__(self) -> None:
         self.concerned = False
+        self.custody = False
         self.uuid: list[str] = []
         self.name: list[str] = []
         self.stamps: list[dict[str, str]] = []
@@ -106,6 +109,7 @@ class _Scan:
         # With a separator, expat writes a name in a namespace as "URI name".
         spaces = {n.rpartition(" ")[0] for n in (name, *attributes)}
         self.concerned = self.concerned or any(OURS in space for space in spaces - {STAMP})
+        self.custody = self.custody or (OURS in name and name.endswith(" custody"))
         if self._path == ["domain", "metadata", f"{STAMP} agent"]:
             self.stamps.append(attributes)
 

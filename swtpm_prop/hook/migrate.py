@@ -11,6 +11,7 @@ from swtpm_prop.domain import arrival, permission, processes, stamp
 from swtpm_prop.domain.identity import Identity, identify
 from swtpm_prop.domain.metadata import parse_domain
 from swtpm_prop.errors import Error, TransferError
+from swtpm_prop.hook.returning import let_back
 from swtpm_prop.host_config import AgentConfig
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import AGENT_TALK_SECONDS, FETCH_SECONDS, REACH_SECONDS
@@ -21,7 +22,7 @@ from swtpm_prop.transfer.settle import Eyes, Settler
 from swtpm_prop.transfer.speaker import Speaker
 
 ELSEWHERE = frozenset(
-    {"transfer.unreachable", "transfer.tls", "transfer.connection"}
+    {"transfer.unreachable", "transfer.tls", "transfer.connection", "transfer.timeout"}
     | {"transfer.no-key", "transfer.not-running", "transfer.elsewhere", "transfer.self"}
 )
 """What says no more than that the guest is not there, or not even that: the next host may be asked."""
@@ -34,23 +35,31 @@ EYES = Eyes(
 qemuMigrationDstPrepareAny), as one that was not taken down after an earlier migration is."""
 
 
-def let_in(xml: bytes, property: str, allowed: bool, layout: Layout) -> bytes:
-    """Fetch the key of the guest that this domain XML describes, which is in custody.
+def let_in(xml: bytes, layout: Layout, speaker: Speaker) -> bytes:
+    """Fetch the key of the guest that this domain XML describes, if it is in custody.
 
     Args:
-        property: of the host, that the guest demands.
-        allowed: whether its metadata lets it migrate.
+        xml: what libvirt gives the hook.
+        layout: of this host.
+        speaker: this host's voice.
 
     Returns:
-        The XML that libvirt shall go on with, in which the start that follows finds its transfer.
+        The XML that libvirt shall go on with, in which the start that follows finds its transfer; empty: with the one
+        it has.
 
     Raises:
         Error: libvirt must refuse the migration; the guest runs on at the source.
     """
-    if not allowed:
-        raise permission.not_allowed(identify(xml).name, parse_domain(xml))
-    identity, config = identify(xml), host_config.load(layout.host).agent
-    speaker = Speaker(layout)
+    identity, asked = identify(xml), parse_domain(xml)
+    if asked is None or asked.custody is None:
+        return let_back(xml, identity.uuid, layout)
+    if asked.migration is None:
+        raise permission.not_allowed(identity.name, asked)
+    return arrival.note(xml, _fetch(identity, asked.custody, layout, speaker).id)
+
+
+def _fetch(identity: Identity, property: str, layout: Layout, speaker: Speaker) -> Transfer:
+    config = host_config.load(layout.host).agent
     here = config.reached_at(certificates.read(speaker.identity().files.tls_certificate).host)
     settler = Settler(layout, Journal(layout), EYES, speaker.report)
     taken = host.destination(layout)
@@ -61,7 +70,7 @@ def let_in(xml: bytes, property: str, allowed: bool, layout: Layout) -> bytes:
             identity.uuid, property, ends, speaker.identity(), taken, settler, seconds=seconds, reaching=reaching
         )
 
-    return arrival.note(xml, ask_in_turn(candidates(identity, config, here), fetch).id)
+    return ask_in_turn(candidates(identity, config, here), fetch)
 
 
 def ask_in_turn(places: list[str], fetch: Callable[[str, float, float], Transfer]) -> Transfer:

@@ -44,20 +44,19 @@ def release(xml: bytes, layout: Layout) -> None:
 
 def migrate(xml: bytes, layout: Layout) -> None:
     """A guest is to come from another host: not without its key, if that is in custody."""
-    identity, vtpm = identify(xml), None
-    if identity.concerned:
-        from swtpm_prop.domain.metadata import parse_domain
+    identity = identify(xml)
+    if not identity.custody and not (layout.transfers / identity.uuid).exists():
+        return
+    from swtpm_prop.hook.door import have_let_in
 
-        vtpm = parse_domain(xml)
-    if vtpm is not None and vtpm.custody is not None:
-        # What speaks to hosts and TPMs takes a tenth of a second to import: not for a guest that only has the layer.
+    noted = have_let_in(xml, layout)
+    if noted is None:
+        # What speaks to hosts and TPMs takes a tenth of a second to import.
         from swtpm_prop.hook.migrate import let_in
+        from swtpm_prop.transfer.speaker import Speaker
 
-        sys.stdout.buffer.write(let_in(xml, vtpm.custody, vtpm.migration is not None, layout))
-    elif (layout.transfers / identity.uuid).exists():
-        from swtpm_prop.hook.returning import let_back
-
-        sys.stdout.buffer.write(let_back(xml, identity.uuid, layout))
+        noted = let_in(xml, layout, Speaker(layout))
+    sys.stdout.buffer.write(noted)
 
 
 def nothing(_xml: bytes, _layout: Layout) -> None:

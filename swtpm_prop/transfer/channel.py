@@ -103,16 +103,17 @@ def connect(
         endpoint: ``host:port``.
         identity: of this host.
         seconds: that all of it may take.
-        reaching: seconds of these after which a host that does not answer at all is taken for dead.
+        reaching: seconds of these after which a host that does not even speak TLS is taken for dead.
         clock: seconds since the epoch.
 
     Raises:
         TransferError: ``transfer.unreachable``, ``transfer.tls``, ``transfer.timeout``, ``transfer.connection``.
         AttestError: the peer's certificate, as `certificates.verify`.
     """
-    deadline = time.monotonic() + seconds
+    began = time.monotonic()
+    deadline = began + seconds
     plain = reach(endpoint, min(seconds, reaching))
-    with _speak_tls(plain, identity, deadline, server=False) as connection:
+    with _speak_tls(plain, identity, min(deadline, began + reaching), server=False) as connection:
         yield Channel(connection, identity, deadline, int(clock()))
 
 

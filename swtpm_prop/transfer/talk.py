@@ -67,7 +67,7 @@ def fetch(
         destination: this host's.
         settler: this host's.
         seconds: that all of it may take.
-        reaching: seconds of these after which a host that does not answer at all is taken for dead.
+        reaching: seconds of these after which a host that does not even speak TLS is taken for dead.
 
     Returns:
         The transfer, imported; `Settler.arrive` gives its key within ARRIVAL_SECONDS.

@@ -214,6 +214,44 @@ def test_the_hook_says_what_the_source_says(hosts: Hosts) -> None:
     assert (hosts.a.states(), hosts.b.states()) == ([], [])
 
 
+@pytest.fixture
+def beside(hosts: Hosts, tmp_path: Path) -> Iterator[Agent]:
+    """The agent of host b, where no guest is."""
+    agent = Agent(hosts.b, tmp_path)
+    (tmp_path / "b.example.xml").write_text("<node/>")
+    agent.start()
+    yield agent
+    if agent.process:
+        agent.end(signal.SIGKILL)
+
+
+def test_the_hook_has_the_agent_beside_it_let_the_guest_in(hosts: Hosts, beside: Agent) -> None:
+    hosts.b.tpm.extend(4)
+    try:
+        refused = hook(hosts, xml(hosts))
+    finally:
+        hosts.b.tpm.reboot()
+    assert "host 'a.example' refuses: the state of 'b.example' is not approved" in refused
+    assert hook(hosts, xml(hosts)) == ""
+    assert (hosts.a.states(), hosts.b.states()) == (["offered"], ["imported"])
+    page = beside.page("/metrics")
+    assert 'swtpm_prop_arrivals_total{outcome="let in"} 1' in page
+    assert 'swtpm_prop_arrivals_total{outcome="transfer.state-not-approved"} 1' in page
+    assert "[transfer.state-not-approved]" in beside.log.read_text()
+
+
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL, signal.SIGTERM])
+def test_the_hook_works_alone_where_that_agent_does_not(hosts: Hosts, beside: Agent, how: signal.Signals) -> None:
+    assert beside.process is not None
+    if how is signal.SIGSTOP:
+        beside.process.send_signal(how)
+    else:
+        beside.end(how)
+    assert hook(hosts, xml(hosts)) == ""
+    assert (hosts.a.states(), hosts.b.states()) == (["offered"], ["imported"])
+    assert hosts.b.layout.agent_socket.exists() is (how is not signal.SIGTERM)
+
+
 def test_is_well_and_ends_cleanly(hosts: Hosts) -> None:
     assert hosts.agent.page("/health") == "well\n"
     assert hosts.agent.end(signal.SIGTERM) == 0

@@ -46,11 +46,13 @@ STEPS = (
 
 VICTIMS = ("hook", "agent", "libvirtd", "qemu", "swtpm", "power")
 FAULTS = [f"{victim} of the {side}" for victim, side in combinations(VICTIMS, ("source", "destination"))]
-FAULTS += ["network"]
+FAULTS += ["lone hook of the destination", "network"]
+"""A lone hook has no agent beside it, and does itself what that does for it otherwise."""
 
 THERE = {
     "hook of the source": ("moved", "released"),  # it takes no part until the guest has gone
     "hook of the destination": ("asked", "offered", "imported", "arriving"),
+    "lone hook of the destination": ("asked", "offered", "imported"),
     "agent of the destination": tuple(state for _, state in STEPS if state != "moved"),
     "qemu of the source": ("asked", "offered", "imported", "arriving", "activated"),
     "swtpm of the source": ("asked", "offered", "imported", "arriving", "activated"),
@@ -148,8 +150,8 @@ class Site:
         trap = self.faults[self.side(side).name].set(
             self.uuid, side, state, lambda writer: hit.append(self.inject(fault, side, str(writer)))
         )
-        if state == "moved":
-            # the source sees that before it hears of it only while the destination's agent is away
+        if state == "moved" or fault.startswith("lone"):
+            # the source sees that it moved before it hears of it only while the destination's agent is away
             self.fleet.members[destination.name].agent.stop()
             self.dead.append(self.fleet.members[destination.name].agent.restart)
         self.migrate(source, destination)
@@ -208,7 +210,7 @@ class Site:
             # so long that the one who waits for the other gives up
             threading.Timer(4, self.cable, ("up",)).start()
             return True
-        victim, side = fault.split(" of the ")
+        victim, side = fault.removeprefix("lone ").split(" of the ")
         host = self.side(side)
         agent = self.fleet.members[host.name].agent
         if victim == "power":
@@ -221,8 +223,9 @@ class Site:
             self.kill(host, str(host.libvirtd.pid))
             self.dead.append(host.libvirtd.start)
         elif victim == "hook":
-            # that which has written; or that which waits for the other side
-            return self.kill_all(host, [found for found in hooks(host) if side != writing or found == writer])
+            # that which has written; or that which waits: for the other side, or for the agent beside it
+            waits = side != writing or (side == "destination" and writer == str(agent.pid))
+            return self.kill_all(host, [found for found in hooks(host) if waits or found == writer])
         elif not self.kill_all(host, self.mine(host, victim)):
             # whoever waits for us is about to start it: killed a moment later, in the middle of what it receives
             self.pursuits.append(Pursuit(lambda: self.kill_all(host, self.mine(host, victim))))
@@ -410,9 +413,9 @@ def table(request: pytest.FixtureRequest) -> Iterator[Table]:
         print("\n\nWhere the guest runs after a fault in the moment of a step (the source's steps are in capitals):")
         print("s source, d destination; 1 once started again, 2 once stopped and started, 3 once what stood still")
         print("was destroyed, 4 once 'transfer resolve' was said; - no such process then\n")
-        print(" " * 26 + "".join(f"{state.upper() if side == 'source' else state:>10}" for side, state in STEPS))
+        print(" " * 28 + "".join(f"{state.upper() if side == 'source' else state:>10}" for side, state in STEPS))
         for fault in FAULTS:
-            print(f"{fault:26}" + "".join(f"{_cell(results.get((step, fault))):>10}" for step in STEPS))
+            print(f"{fault:28}" + "".join(f"{_cell(results.get((step, fault))):>10}" for step in STEPS))
 
 
 def _cell(result: Result | None) -> str:

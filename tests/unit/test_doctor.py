@@ -338,9 +338,9 @@ def process(program: Path, path: str) -> Iterator[int]:
     """A process with a program's name, started with a PATH; it does nothing."""
     shutil.copy("/bin/sleep", program)
     with subprocess.Popen([program, "60"], env={"PATH": path}) as running:
-        while Path(f"/proc/{running.pid}/comm").read_text().strip() != program.name:
-            time.sleep(0.01)
         try:
+            name = Path(f"/proc/{running.pid}/comm")
+            assert eventually(lambda: name.read_text().strip() == program.name)
             yield running.pid
         finally:
             running.kill()

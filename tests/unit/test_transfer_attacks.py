@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from custodian import domain
 from fleet_ca import NOW, Ca, sign_in_software
 from hardware import HardwareTpm
 from members import PROPERTY, UUID, Authority, Member, doorway
@@ -561,19 +562,21 @@ def test_a_source_that_is_slow(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_dead_hosts_and_such_without_the_guest_before_the_one_that_has_it(fleet: Fleet) -> None:
-    """The hook, given three peers: to the first no packet comes through, for its queue is full."""
+    """The hook, given four peers: to the first no packet comes through, for its queue is full; the second hangs."""
     b = fleet.b
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.socket() as first, socket.socket() as second:
+    hung = socket.create_server(("127.0.0.1", 0))
+    full = socket.create_server(("127.0.0.1", 0), backlog=0)
+    with hung, full, socket.socket() as first, socket.socket() as second:
         for waiting in (first, second):
             waiting.setblocking(False)
             waiting.connect_ex(full.getsockname())
-        peers = [f"127.0.0.1:{full.getsockname()[1]}", fleet.c.endpoint, fleet.a.endpoint]
+        dead = [f"127.0.0.1:{each.getsockname()[1]}" for each in (full, hung)]
+        peers = [*dead, fleet.c.endpoint, fleet.a.endpoint]
         with b.layout.host.open("a") as file:
             file.write(f'[agent]\nendpoint = "{b.endpoint}"\npeers = {peers}\n')
-        xml = f"<domain><name>g</name><uuid>{UUID}</uuid><metadata/></domain>".encode()
         began = time.monotonic()
-        noted = let_in(xml, PROPERTY, True, b.layout)
-    assert 2 < time.monotonic() - began < 10
+        noted = let_in(domain(PROPERTY, migration=True, uuid=UUID), b.layout, b.speaker)
+    assert 4 < time.monotonic() - began < 15
     assert b.states() == ["imported"]
     assert b.journal.of(UUID)[0].id.encode() in noted
 
