@@ -91,7 +91,7 @@ class Agent:
             knocked.settimeout(_GLANCE)
             talker = Talker(self._speaker, self._source(), self._settler, self._counts)
             server = Server(listener, talker.talk, AGENT_TALK_SECONDS, self._connected("peers"))
-            inside = door.Door(self._layout, self._speaker, self._counts)
+            inside = door.Door(self._layout, self._speaker, self._counts, self._transfers.look)
             hooks = Server(knocked, inside.talk, LET_IN_SECONDS, self._connected("hooks"))
             pages = {"/metrics": lambda: (200, render(self._families(server))), "/health": self._health}
             self._guests.start()

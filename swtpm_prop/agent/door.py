@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from swtpm_prop.agent.metrics import Counts
@@ -26,29 +26,35 @@ class Door:
         layout: of the host.
         speaker: the host's voice.
         counts: counts ``arrivals`` by outcome: ``let in``, or the id of what went wrong.
+        look: has the journal looked at; returns at once.
     """
 
-    def __init__(self, layout: Layout, speaker: Speaker, counts: Counts) -> None:
+    def __init__(self, layout: Layout, speaker: Speaker, counts: Counts, look: Callable[[], None]) -> None:
         self._layout = layout
         self._speaker = speaker
         self._counts = counts
+        self._look = look
 
     def talk(self, line: socket.socket) -> None:
         """Do what one hook asks, and close the connection."""
         with line, suppress(OSError):  # the hook was killed: what was begun for it is given up as its own would be
             xml = door.hear(line)
-            if xml is None:
-                return
-            try:
-                noted = let_in(xml, self._layout, self._speaker)
-            except Error as error:
-                self._refuse(line, error)
-            except Exception as error:
-                _log.exception("a guest was not let in")
-                self._refuse(line, Error("agent.failed", f"{type(error).__name__}: {error}", "report this"))
+            if xml:
+                self._let_in(line, xml)
             else:
-                self._counts.count("arrivals", outcome="let in")
-                door.let(line, noted)
+                self._look()
+
+    def _let_in(self, line: socket.socket, xml: bytes) -> None:
+        try:
+            noted = let_in(xml, self._layout, self._speaker)
+        except Error as error:
+            self._refuse(line, error)
+        except Exception as error:
+            _log.exception("a guest was not let in")
+            self._refuse(line, Error("agent.failed", f"{type(error).__name__}: {error}", "report this"))
+        else:
+            self._counts.count("arrivals", outcome="let in")
+            door.let(line, noted)
 
     def _refuse(self, line: socket.socket, error: Error) -> None:
         self._counts.count("arrivals", outcome=error.id)

@@ -57,11 +57,15 @@ class Transfers:
     def run(self, stopped: threading.Event) -> None:
         """Settle what is open now and every while, until stopped; what is finished now and seldom, to forget it."""
         for number in itertools.count():
-            for uuid in self._guests():
-                if number % PRUNE_ROUNDS == 0 or self.open(uuid):
-                    self.wake(uuid)
+            self.look(finished=number % PRUNE_ROUNDS == 0)
             if stopped.wait(SETTLE_SECONDS):
                 return
+
+    def look(self, finished: bool = False) -> None:
+        """Have settled soon what is open, and what is ``finished`` too; returns at once."""
+        for uuid in self._guests():
+            if finished or self.open(uuid):
+                self.wake(uuid)
 
     def open(self, uuid: str) -> bool:
         """Whether the guest has transfers that are not finished; of a journal that cannot be read nobody can say so."""

@@ -26,7 +26,7 @@ from tpm2_pytss.types import (
 from swtpm_prop.errors import AttestError
 from swtpm_prop.limits import TPM_STRUCTURE_BYTES
 
-FOREIGN = "do not trust that host until its keeper knows why: this never comes of a fault"
+FOREIGN = "do not trust the host that shows this until its keeper knows why: this never comes of a fault"
 """What to do about evidence that a host does not make by mistake."""
 
 _P256_BYTES = 32

@@ -2,7 +2,7 @@
 
 The agent greets with what it is, in one line. A hook of the same version sends the domain XML and ends its side; the
 agent does what the hook would, answers with one JSON object, and ends. A hook that is not greeted at once does it
-itself: what it has not sent nobody works on.
+itself: what it has not sent nobody works on. Who says nothing has left something in the journal.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from swtpm_prop import __version__
 from swtpm_prop.errors import Error, TransferError
@@ -50,15 +50,19 @@ def have_let_in(xml: bytes, layout: Layout) -> bytes | None:
     return str(answer["xml"]).encode()
 
 
-def hear(line: socket.socket) -> bytes | None:
-    """The agent's side: greet, and read the domain XML; None: the hook has gone, or will do it itself.
+def knock(layout: Layout) -> None:
+    """Have the agent, if there is one, look into the journal now."""
+    with socket.socket(socket.AF_UNIX) as line, suppress(OSError):
+        _reach(line, layout)
 
-    Raises:
-        OSError: the connection's.
-    """
-    line.sendall(GREETING)
-    # What is cut off within the XML is no XML.
-    return _all(line) or None
+
+def hear(line: socket.socket) -> bytes:
+    """The agent's side: greet, and read the domain XML; empty: the hook has said nothing, or does not wait any more."""
+    with suppress(OSError):
+        line.sendall(GREETING)
+        # What is cut off within the XML is no XML.
+        return _all(line)
+    return b""
 
 
 def let(line: socket.socket, xml: bytes) -> None:
@@ -86,13 +90,17 @@ def address(layout: Layout) -> Iterator[str]:
 
 
 def _greeted(line: socket.socket, layout: Layout) -> bool:
-    line.settimeout(GREETING_SECONDS)
     try:
-        with address(layout) as place:
-            line.connect(place)
+        _reach(line, layout)
         return line.recv(len(GREETING)) == GREETING
     except OSError:
         return False
+
+
+def _reach(line: socket.socket, layout: Layout) -> None:
+    line.settimeout(GREETING_SECONDS)
+    with address(layout) as place:
+        line.connect(place)
 
 
 def _all(line: socket.socket) -> bytes:

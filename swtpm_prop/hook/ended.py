@@ -31,6 +31,7 @@ def tell_transfers(identity: Identity, layout: Layout) -> None:
         TransferError: the journal cannot be used.
     """
     # Imported here: the end of a guest that never moved costs nothing of this.
+    from swtpm_prop.hook.door import knock
     from swtpm_prop.transfer.journal import Journal
     from swtpm_prop.transfer.machine import Event
     from swtpm_prop.transfer.settle import HOOK, Settler
@@ -38,6 +39,9 @@ def tell_transfers(identity: Identity, layout: Layout) -> None:
     moved = reason(identity.name, layout) == MIGRATED
     settler = Settler(layout, Journal(layout), HOOK, _ask_nobody)
     settler.observe(identity.uuid, *([Event.MIGRATED] if moved else []), Event.GONE)
+    if any(known.unfinished for known in settler.journal.of(identity.uuid)):
+        # Of a process that comes to nothing before the guest arrives libvirt tells hooks, but no events.
+        knock(layout)
 
 
 def _ask_nobody(transfer: Transfer, _: Report) -> Report:

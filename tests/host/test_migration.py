@@ -162,17 +162,31 @@ def changed_since_approved(fleet: Fleet, _source: Host, to: Host) -> Iterator[No
 
 
 @contextmanager
-def source_silent(fleet: Fleet, source: Host, _to: Host) -> Iterator[None]:
-    fleet.members[source.name].agent.stop()
+def silent(fleet: Fleet, host: Host) -> Iterator[None]:
+    fleet.members[host.name].agent.stop()
     try:
         yield
     finally:
-        fleet.members[source.name].agent.start()
+        fleet.members[host.name].agent.start()
+
+
+@contextmanager
+def source_silent(fleet: Fleet, source: Host, _to: Host) -> Iterator[None]:
+    with silent(fleet, source):
+        yield
+
+
+@contextmanager
+def another_parent_and_no_agent(fleet: Fleet, source: Host, to: Host) -> Iterator[None]:
+    """The hook has to open this host's own TLS key, which is below the parent that is certified."""
+    with silent(fleet, to), another_parent(fleet, source, to):
+        yield
 
 
 REFUSALS: dict[str, tuple[Callable[..., object], str]] = {
     "not enrolled": (not_enrolled, "host.not-enrolled"),
-    "another parent than the certified one": (another_parent, "tpm.foreign-object"),
+    "another parent than the certified one": (another_parent, "attest.parent-fixed-tpm"),
+    "the same, and no agent there": (another_parent_and_no_agent, "tpm.foreign-object"),
     "in a state that is not approved any more": (changed_since_approved, "transfer.state-not-approved"),
     "source cannot be asked": (source_silent, "transfer.unreachable"),
 }
@@ -183,6 +197,19 @@ def test_refused(traveller: Traveller, other: Host, spoiled: Callable[..., objec
     source = traveller.machine.host
     with spoiled(traveller.fleet, source, other):  # type: ignore[attr-defined]
         refused(traveller, other, id)
+    # nothing is in the way of the next one
+    traveller.migrate(other, "--p2p", *LEAVE)
+    traveller.check_is_at(other, source)
+
+
+def test_a_process_at_the_destination_that_comes_to_nothing(traveller: Traveller, other: Host):
+    """QEMU is to listen where no address of the host is; of this end libvirt tells no agent."""
+    source = traveller.machine.host
+    with pytest.raises(LabError, match="bind"):
+        traveller.migrate(other, "--p2p", *LEAVE, "--listen-address", "203.0.113.1")
+    assert traveller.machine.state() == "running"
+    assert eventually(lambda: not unfinished(source) + unfinished(other), pause=0.1)
+    assert not at(other, Layout().guest_key(traveller.uuid)).exists()
     # nothing is in the way of the next one
     traveller.migrate(other, "--p2p", *LEAVE)
     traveller.check_is_at(other, source)

@@ -95,6 +95,16 @@ def test_a_guest_without_transfers_costs_nothing(agent: Transfers, journal: Jour
     assert peer.asked == []
 
 
+def test_what_others_have_written_down_is_settled_when_somebody_knocks(
+    agent: Transfers, journal: Journal, peer: Peer
+) -> None:
+    journal.begin(OFFERED)
+    journal.begin(OFFERED._replace(id="b" * 32, uuid=OTHER, state=State.RELEASED))
+    agent.look()
+    assert eventually(lambda: state(journal) is State.CLOSED)
+    assert peer.asked == [UUID]
+
+
 def test_what_is_open_is_tried_again_soon(agent: Transfers, journal: Journal, peer: Peer) -> None:
     journal.begin(OFFERED)
     peer.words = [None, None, State.CLOSED]

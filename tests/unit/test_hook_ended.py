@@ -1,4 +1,5 @@
-"""Why a guest ended, from QEMU's log as libvirt writes it, with guests that are called as badly as libvirt allows."""
+"""The end of a guest: why, from QEMU's log as libvirt writes it, with guests called as badly as libvirt allows; and who
+hears of it."""
 
 from __future__ import annotations
 
@@ -7,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from swtpm_prop.hook.ended import reason
+from swtpm_prop.agent import door
+from swtpm_prop.domain.identity import Identity
+from swtpm_prop.hook.ended import reason, tell_transfers
 from swtpm_prop.layout import Layout
 from swtpm_prop.limits import QEMU_LOG_BYTES
+from swtpm_prop.transfer.journal import Journal, Transfer
+from swtpm_prop.transfer.machine import Side, State
 
 STARTING = "2026-11-23 21:42:16.123+0000: starting up libvirt version: 9.0.0, qemu version: 7.2.22, hostname: alpha\n"
 ENDING = "2026-11-23 21:42:50.632+0000: shutting down, reason={}\n"
@@ -62,3 +67,28 @@ def test_only_a_file_is_read(layout: Layout, tmp_path: Path) -> None:
     os.mkfifo(layout.qemu_log("pipe"))
     layout.qemu_log("directory").mkdir()
     assert [reason(name, layout) for name in ("link", "pipe", "directory")] == ["", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("state", "after", "knocks"),
+    [
+        (State.ARRIVING, State.LEFT, True),
+        (State.ACTIVATED, State.ACTIVATED, True),
+        (State.SETTLED, State.SETTLED, False),
+    ],
+)
+def test_the_agent_hears_of_what_is_not_finished(layout: Layout, state: State, after: State, knocks: bool) -> None:
+    guest = Identity("0b7a4d6e-8f5c-4a2b-9c3d-1e2f3a4b5c6d", True, name="guest")
+    journal = Journal(layout)
+    journal.begin(Transfer("a" * 32, Side.DESTINATION, state, guest.uuid, 0, "beta", "beta:4879"))
+    with door.listening(layout) as listener:
+        listener.setblocking(False)
+        tell_transfers(guest, layout)
+        try:
+            listener.accept()[0].close()
+        except BlockingIOError:
+            assert not knocks
+        else:
+            assert knocks
+    assert [known.state for known in journal.of(guest.uuid)] == [after]
+    tell_transfers(guest, layout)  # nor is an agent needed
