@@ -305,7 +305,7 @@ FETCH_SECONDS = 30
 """Longest a hook asks other hosts for a key, all together; it takes 0.3 s, and 3 s when ten guests come at once.
 AGENT_TALK_SECONDS of these are left to the talk with the host that has it."""
 
-GREETING_SECONDS = 1
+GREETING_SECONDS = 3
 """How long a hook waits for this host's agent to greet before it does the work itself; it takes a millisecond."""
 
 LET_IN_SECONDS = 60

@@ -5,13 +5,15 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from swtpm_prop.domain.identity import scan
 from swtpm_prop.domain.metadata import Vtpm, parse_domain, parse_element, to_xml
 from swtpm_prop.errors import DomainError
 
 SEED = (
     b"<domain type='qemu'><uuid>aaaaaaaa-0000-4000-8000-000000000001</uuid><metadata>"
     b"<prop:vtpm xmlns:prop='urn:swtpm-prop:domain:1'><prop:bank algorithm='sha384' pcrs='0-9,11-14'>"
-    b"<prop:property uri='https://example.org/p'/></prop:bank></prop:vtpm></metadata>"
+    b"<prop:property uri='https://example.org/p'/></prop:bank>"
+    b"<prop:custody host-property='https://example.org/h'/></prop:vtpm></metadata>"
     b"<devices><tpm><backend type='emulator' version='2.0'/></tpm></devices></domain>"
 )
 PIECES = st.sampled_from(
@@ -28,6 +30,9 @@ PIECES = st.sampled_from(
         b"xmlns='swtpm-prop '",
         b"xmlns:swtpm-prop='swtpm-prop'",
         b"<prop:vtpm/>",
+        b"<prop:custody/>",
+        b"<custody/>",
+        b"prop:custody",
         b"<x:y:z/>",
         b"\x00",
         b"\xc3\xb6",
@@ -62,6 +67,8 @@ def check(data: bytes) -> None:
             assert refused.line().isprintable()
             continue
         if vtpm is not None:
+            # The hook lets a guest in without a key by this look alone.
+            assert scan(data).custody is (vtpm.custody is not None)
             assert parse_element(to_xml(Vtpm(vtpm.banks)).encode()).banks == vtpm.banks
 
 

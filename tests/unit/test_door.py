@@ -40,6 +40,12 @@ def layout(tmp_path: Path) -> Layout:
     return layout
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may be at work on the machine."""
+    monkeypatch.setattr(hook, "GREETING_SECONDS", 30)
+
+
 @contextmanager
 def answering(layout: Layout, talk: Callable[[socket.socket], None]) -> Iterator[list[str]]:
     """Somebody in the agent's place; what became of the hooks that came."""
